@@ -1,0 +1,43 @@
+"""Two tokenizers, both tiktoken encodings: GPT-2's BPE, and plain bytes, which needs no download.
+
+Each has three control tokens after its base vocabulary: <|endoftext|> ends a document, <|im_start|> and <|im_end|>
+frame a chat message (ChatML). Text never becomes a control token: `encode_ordinary`, the only way this project encodes
+text, spells the special strings out like any other; control tokens are put in by id.
+"""
+
+import functools
+
+import tiktoken
+
+from data import UserError
+
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+TOKENIZERS = ("gpt2", "bytes")
+
+
+@functools.cache
+def get_tokenizer(name):
+    """The tiktoken.Encoding called `name`; raises UserError if it is unknown or cannot be loaded."""
+    if name == "gpt2":
+        return _gpt2()
+    if name == "bytes":
+        ranks = {bytes([value]): value for value in range(256)}  # no merges, so every piece falls apart into bytes
+        return _with_control_tokens("bytes", r"[^\n]*\n|[^\n]+", ranks, {END_OF_TEXT: 256})
+    raise UserError(f"no tokenizer is called {name!r}; there are {' and '.join(TOKENIZERS)}")
+
+
+def _gpt2():
+    try:
+        base = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # tiktoken lets whatever its download raises through
+        raise UserError(
+            f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that "
+            "holds it, or do without: --preset tiny, or --tokenizer bytes"
+        ) from error
+    return _with_control_tokens("gpt2", base._pat_str, base._mergeable_ranks, base._special_tokens)
+
+
+def _with_control_tokens(name, pattern, ranks, special):
+    first = len(ranks) + len(special)
+    special = {**special, IM_START: first, IM_END: first + 1}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)

@@ -1,0 +1,534 @@
+"""Pretrain a language model, plain or Differential Transformer.
+
+    python train.py                              # on a GPU the full recipe, elsewhere a small model on small data
+    python train.py --attn v1 --max_steps 500    # every setting is a flag
+    python train.py --resume                     # go on after an interruption, as if there had been none
+
+The first part holds what every training script here shares; pretraining itself is the last part.
+"""
+
+import argparse
+import contextlib
+import csv
+import math
+import signal
+import statistics
+import sys
+import textwrap
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from data import UserError, run_script
+from data.dataset import (
+    atomic_write,
+    fixed_batches,
+    open_tokens,
+    prefetch,
+    prepared_directory,
+    read_meta,
+    sample_batch,
+)
+from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
+from model import ATTENTION_IMPLS, ATTENTION_KINDS, GPT, GPTConfig, pad_vocab
+
+# ---------------------------------------------------------------------------------------------------
+# Settings: one dataclass a script, every field a flag
+
+
+def flag(default, help, choices=None, least=-math.inf):
+    """A field of a settings dataclass, with its help text, its choices or its smallest value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+@dataclass
+class CommonSettings:
+    """The flags that mean the same in every script."""
+
+    preset: str = flag("auto", "defaults; auto: ldiff with CUDA, else tiny", choices=("auto", "tiny", "ldiff"))
+    attn: str = flag("v2", "attention mechanism", choices=ATTENTION_KINDS)
+    dataset: str = flag("wikitext2", "folder in data/, or a path with a slash")
+    source: str = flag("", "local file to prepare the data set from, instead of the hub")
+    out_dir: str = flag("out/pretrain", "where checkpoints and log.csv go")
+    init_from: str = flag("", "checkpoint whose weights to start from")
+    resume: bool = flag(False, "go on with the run in out_dir, whose settings hold unless given again")
+    seed: int = flag(1, "of weights and batches", least=0)
+    max_steps: int = flag(1000, "optimizer steps", least=1)
+    batch_size: int = flag(32, "sequences a step", least=1)
+    micro_batch_size: int = flag(16, "sequences in memory at once; gradients of several add up", least=1)
+    learning_rate: float = flag(6e-4, "peak", least=0)
+    warmup_steps: int = flag(200, "steps of linear warmup, before the cosine", least=0)
+    eval_interval: int = flag(100, "steps between validations", least=1)
+    save_interval: int = flag(250, "steps between checkpoints", least=1)
+    log_interval: int = flag(10, "steps between lines on the screen", least=1)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
+    compile: str = flag("auto", "torch.compile; auto: on with CUDA", choices=("auto", "on", "off"))
+    attn_impl: str = flag("auto", "attention kernel", choices=ATTENTION_IMPLS)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, instead of the usage of forty flags before it."""
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
+def parse_flags(settings_class, description, argv=None):
+    """The flags that were given, as a dict; defaults are the business of the dataclass and its presets."""
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for f in fields(settings_class):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        if f.metadata["choices"]:
+            kind["choices"] = f.metadata["choices"]
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r})", **kind)
+    given = vars(parser.parse_args(argv))
+    for f in fields(settings_class):
+        value, least = given.get(f.name), f.metadata["least"]
+        if f.type in (int, float) and value is not None and not least <= value < math.inf:  # NaN fails it too
+            parser.error(f"--{f.name} must be a number of at least {least}, not {value}")
+    return given
+
+
+def choose_preset(given):
+    """The preset asked for; `auto` is resolved here, and says how."""
+    if given.get("preset", "auto") != "auto":
+        return given["preset"]
+    preset, why = ("ldiff", "there is a CUDA GPU") if torch.cuda.is_available() else ("tiny", "there is no CUDA GPU")
+    print(f"preset: {preset}, since {why}; --preset tiny or --preset ldiff chooses")
+    return preset
+
+
+def print_settings(settings):
+    text = "  ".join(f"{name}={value}" for name, value in asdict(settings).items())
+    print(textwrap.fill(text, 118, initial_indent="settings: ", subsequent_indent="  ", break_on_hyphens=False))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints: one dict of tensors and plain values
+
+
+def save_checkpoint(path, **contents):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        torch.save(contents, temporary)
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, on the CPU; raises UserError if the file is missing, damaged or something else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"model", "config", "settings", "step", "tokenizer"} - checkpoint.keys()
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except Exception as error:  # zip, pickle, key, attribute and runtime errors: torch.load has none of its own
+        raise UserError(f"{path} is damaged, or not a checkpoint ({type(error).__name__})") from error
+    if missing:
+        raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def load_model(checkpoint, path, attn_impl="auto"):
+    """The model of a checkpoint, on the CPU."""
+    try:
+        model = GPT(GPTConfig(**{**checkpoint["config"], "attn_impl": attn_impl}))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the weights and the config in {path} do not fit each other") from error
+    return model
+
+
+def rng_state():
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_rng_state(state):
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():  # a run may go on with another number of GPUs
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Device, optimizer, schedule
+
+# Dense bf16 TFLOP/s from the vendors' data sheets; the first entry that is part of the GPU's name counts.
+PEAK_TFLOPS = {
+    "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
+    "RTX A6000": 155, "A40": 150, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
+    "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+
+
+def peak_flops(device):
+    """The GPU's bf16 peak in FLOP/s, or None if it is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+
+
+def choose_device(name):
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} is not available here") from error
+    torch.set_float32_matmul_precision("high")  # products that autocast leaves in float32 may use TF32
+    return device
+
+
+def autocast(device):
+    """bf16 on CUDA, float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def maybe_compile(model, mode, device):
+    return torch.compile(model) if mode == "on" or (mode == "auto" and device.type == "cuda") else model
+
+
+def make_optimizer(model, weight_decay):
+    """AdamW. Only the matrices of linear layers decay: not norms, V1's lambda vectors or embeddings, of which a tied
+    output layer is one. V2's lambda_proj is a linear layer and decays, which draws lambda toward 1/2."""
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} - embeddings
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p in matrices], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p not in matrices], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+def lr_at(step, settings, floor=0.1):
+    """The learning rate of steps 1 to max_steps: up linearly to the peak, then a cosine down to floor * peak."""
+    peak, warmup, last = settings.learning_rate, settings.warmup_steps, settings.max_steps
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (last - warmup))))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The log: a row of log.csv for every step, a line on the screen for some
+
+
+class Log:
+    """Keeps losses on the device and reads them every log_interval steps, so that the GPU never waits for the CPU to
+    catch up. Its clock leaves out validation and saving."""
+
+    columns = ("step", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "val_loss")
+
+    def __init__(self, path, last_step, tokens_per_step, flops_per_token, device):
+        self.path, self.last_step, self.tokens_per_step, self.device = path, last_step, tokens_per_step, device
+        self.flops_per_token, self.peak = flops_per_token, peak_flops(device)
+        self.rows, self.speeds, self.seconds = [], [], 0.0
+
+    def open(self, done):
+        """Begin log.csv, or keep its rows up to step `done`: an interrupted run repeats those after its checkpoint."""
+        rows = []
+        if done and self.path.exists():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= done]
+        with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        self.start_clock()
+
+    def start_clock(self):
+        self.started = time.perf_counter()
+
+    def stop_clock(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds += time.perf_counter() - self.started
+
+    def add(self, **row):
+        self.rows.append(row)
+
+    def flush(self):
+        """Write the rows added so far and print the last; raises UserError if a loss is not finite."""
+        self.stop_clock()
+        speed = len(self.rows) * self.tokens_per_step / self.seconds
+        mfu = round(speed * self.flops_per_token / self.peak, 4) if self.peak else ""
+        for row in self.rows:
+            row.update(loss=float(row["loss"]), grad_norm=float(row["grad_norm"]), tokens_per_s=round(speed), mfu=mfu)
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns).writerows(self.rows)
+        self._print(self.rows[-1], speed)
+        if bad := [row["step"] for row in self.rows if not math.isfinite(row["loss"])]:
+            raise UserError(f"the loss of step {bad[0]} is not finite; try a lower --learning_rate or more --warmup_steps")
+        self.speeds += [speed] * len(self.rows)
+        self.rows, self.seconds = [], 0.0
+        self.start_clock()
+
+    def _print(self, row, speed):
+        work = f"{row['mfu']:.1%} MFU" if self.peak else f"{speed * self.flops_per_token / 1e12:.3g} TFLOP/s"
+        left = (self.last_step - row["step"]) * self.tokens_per_step / speed
+        print(
+            f"step {row['step']:>5}/{self.last_step} | loss {row['loss']:.4f} | grad norm {row['grad_norm']:.3f} | "
+            f"lr {row['lr']:.2e} | {speed:,.0f} tokens/s | {work} | {left // 60:.0f}m{left % 60:02.0f}s left",
+            flush=True,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------
+# The training loop
+
+
+class StopSignal:
+    """Remembers a SIGINT or SIGTERM, so that the loop can save before it leaves; a second one ends at once."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.received = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+
+
+def fit(settings, done, optimizer, log, make_batch, loss_of, validate, save):
+    """Take the optimizer steps after step `done`.
+
+    make_batch(step)    a tuple of tensors, one row a sequence
+    loss_of(*rows)      the mean loss over some of these rows
+    validate(step)      the validation loss; called every eval_interval steps and after the last
+    save(step)          write a checkpoint; called every save_interval steps, after the last and on a signal
+    """
+    stop = StopSignal()
+    log.open(done)
+    steps = range(done + 1, settings.max_steps + 1)
+    for step, batch in zip(steps, prefetch(make_batch, steps, log.device)):
+        lr = lr_at(step, settings)
+        loss, grad_norm = optimizer_step(optimizer, lr, loss_of, batch, settings.micro_batch_size)
+        log.add(step=step, lr=lr, loss=loss, grad_norm=grad_norm)
+        if step % settings.eval_interval == 0 or step == steps[-1]:
+            log.stop_clock()
+            log.rows[-1]["val_loss"] = validate(step)
+            log.start_clock()
+        saving = step % settings.save_interval == 0 or step == steps[-1] or stop.received
+        if saving or step % settings.log_interval == 0 or step == steps[0]:
+            log.flush()  # before saving, so that log.csv holds every step that the checkpoint does
+        if saving:
+            save(step)
+            log.start_clock()
+        if stop.received:
+            print(f"stopped by {stop.received.name} after step {step}, checkpoint saved; --resume goes on from there")
+            sys.exit(128 + stop.received)
+
+
+def optimizer_step(optimizer, lr, loss_of, batch, micro_batch_size, clip=1.0):
+    """One step on the mean loss of a batch -> that loss, and the gradient's norm before it is clipped. The batch passes
+    in micro-batches of equal size, whose gradients add up to that of the whole."""
+    micro_batches = list(zip(*(tensor.split(micro_batch_size) for tensor in batch)))
+    total = 0.0
+    for rows in micro_batches:
+        loss = loss_of(*rows) / len(micro_batches)
+        loss.backward()
+        total += loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, grad_norm
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+@dataclass
+class Settings(CommonSettings):
+    """Pretraining. The defaults are the ldiff preset with DIFF V2."""
+
+    tokenizer: str = flag("gpt2", "for data prepared now; prepared data keeps its own", choices=TOKENIZERS)
+    block_size: int = flag(2048, "context length in tokens", least=1)
+    n_layer: int = flag(12, "layers", least=1)
+    n_embd: int = flag(768, "width", least=1)
+    n_head: int = flag(6, "heads of the Transformer being compared with", least=1)
+    n_kv_head: int = flag(0, "key and value heads; 0: as many as n_head", least=0)
+    head_dim: int = flag(128, "width of a head", least=2)
+    n_inner: int = flag(1664, "width of the SwiGLU", least=1)
+    tie_embeddings: bool = flag(False, "one matrix for the embedding and the output layer")
+    weight_decay: float = flag(0.1, "of AdamW", least=0)
+    eval_windows: int = flag(128, "sequences to validate on, always the same", least=1)
+
+
+PRESETS = {
+    "ldiff": {},
+    "tiny": dict(
+        dataset="tiny", tokenizer="bytes", block_size=256, n_layer=4, n_embd=192, max_steps=600, batch_size=8,
+        micro_batch_size=8, learning_rate=3e-3, warmup_steps=50, eval_windows=64,
+    ),
+}  # fmt: skip
+
+# Equal parameters: V2's second half of the queries is paid for with a narrower SwiGLU.
+SHAPES = {
+    ("ldiff", "vanilla"): dict(n_head=6, head_dim=128, n_inner=1920),
+    ("ldiff", "v1"): dict(n_head=12, head_dim=64, n_inner=1920),
+    ("ldiff", "v2"): dict(n_head=6, head_dim=128, n_inner=1664),
+    ("tiny", "vanilla"): dict(n_head=3, head_dim=64, n_inner=512),
+    ("tiny", "v1"): dict(n_head=6, head_dim=32, n_inner=512),
+    ("tiny", "v2"): dict(n_head=3, head_dim=64, n_inner=448),
+}
+
+
+def choose_settings(given):
+    """Flags over preset over defaults; when resuming, flags over the settings of the run."""
+    if given.get("resume"):
+        saved = load_checkpoint(Path(given.get("out_dir", Settings.out_dir)) / "ckpt.pt")["settings"]
+        return Settings(**{**saved, **given})
+    preset = choose_preset(given)
+    shape = SHAPES[preset, given.get("attn", Settings.attn)]
+    settings = Settings(**{**PRESETS[preset], **shape, **given, "preset": preset})
+    settings.micro_batch_size = min(settings.micro_batch_size, settings.batch_size)
+    return settings
+
+
+def build_config(settings, vocab_size):
+    names = {f.name for f in fields(GPTConfig)}
+    shape = {name: value for name, value in asdict(settings).items() if name in names}
+    shape["n_kv_head"] = settings.n_kv_head or settings.n_head
+    try:
+        return GPTConfig(**shape, vocab_size=pad_vocab(vocab_size))
+    except ValueError as error:
+        raise UserError(error) from error
+
+
+def build_model(config, checkpoint, path):
+    """A new model, or that of a checkpoint, which must have the same shape."""
+    if checkpoint is None:
+        return GPT(config)
+    for name, value in asdict(config).items():
+        saved = checkpoint["config"].get(name)
+        if name != "attn_impl" and saved != value:
+            raise UserError(f"{path} holds a model with {name} {saved}, but the settings say {value}")
+    return load_model(checkpoint, path, config.attn_impl)
+
+
+@torch.no_grad()
+def validation_loss(model, batches, device):
+    """Mean cross-entropy in nats over all target tokens of `batches`."""
+    total, count = 0.0, 0
+    for inputs, targets in batches:
+        tokens = (targets != -100).sum().item()
+        with autocast(device):
+            _, loss = model(inputs.to(device), targets.to(device))
+        total, count = total + loss.float() * tokens, count + tokens
+    return (total / count).item()
+
+
+class Pretraining:
+    """A run: its data, model and optimizer, and what the training loop asks of it."""
+
+    def __init__(self, settings):
+        self.settings, self.out_dir, self.device = settings, Path(settings.out_dir), choose_device(settings.device)
+        directory = prepared_directory(settings.dataset, settings.source, settings.tokenizer)
+        self.meta = read_meta(directory)
+        self.train_tokens = open_tokens(directory, "train", self.meta, settings.block_size)
+        val_tokens = open_tokens(directory, "val", self.meta, settings.block_size)
+        self.val_batches = list(
+            fixed_batches(val_tokens, settings.block_size, settings.micro_batch_size, settings.eval_windows)
+        )
+        torch.manual_seed(settings.seed)
+        path = self.out_dir / "ckpt.pt" if settings.resume else settings.init_from
+        checkpoint = load_checkpoint(path) if path else None
+        config = build_config(settings, self.meta["vocab_size"])
+        self.model = build_model(config, checkpoint, path).to(self.device)
+        self.compiled = maybe_compile(self.model, settings.compile, self.device)
+        self.optimizer = make_optimizer(self.model, settings.weight_decay)
+        self.done, self.best_val_loss = 0, math.inf
+        if settings.resume:
+            self.done, self.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            set_rng_state(checkpoint["rng"])
+
+    def make_batch(self, step):
+        s = self.settings
+        return sample_batch(self.train_tokens, s.block_size, s.batch_size, s.seed, step)
+
+    def loss_of(self, inputs, targets):
+        with autocast(self.device):
+            return self.compiled(inputs, targets)[1]
+
+    def validate(self, step):
+        """The validation loss, printed with its perplexity and the lambdas; best.pt keeps the model with the lowest."""
+        loss = validation_loss(self.compiled, self.val_batches, self.device)
+        note = ""
+        if loss < self.best_val_loss:
+            self.best_val_loss, note = loss, ", the best so far"
+            self.save(step, "best.pt")
+        if lambdas := self.model.lambdas(self.val_batches[0][0][:1].to(self.device)):
+            note += "; lambda by layer " + " ".join(f"{value:.2f}" for value in lambdas)
+        print(f"step {step:>5}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}{note}", flush=True)
+        return loss
+
+    def save(self, step, name="ckpt.pt"):
+        contents = dict(
+            model=self.model.state_dict(), config=asdict(self.model.config), settings=asdict(self.settings),
+            tokenizer=self.meta["tokenizer"], step=step, best_val_loss=self.best_val_loss,
+        )  # fmt: skip
+        if name == "ckpt.pt":  # the one to resume from
+            contents |= dict(optimizer=self.optimizer.state_dict(), rng=rng_state())
+        save_checkpoint(self.out_dir / name, **contents)
+
+    def sample(self, max_new_tokens=256):
+        """Some text by the model, begun from nothing."""
+        encoding = get_tokenizer(self.meta["tokenizer"])
+        start = torch.tensor([[encoding.encode_single_token(END_OF_TEXT)]], device=self.device)
+        with autocast(self.device):
+            ids = self.model.generate(start, max_new_tokens, temperature=0.8, top_k=50, n_vocab=encoding.n_vocab)
+        return encoding.decode(ids[0, 1:].tolist(), errors="replace")
+
+
+def pretrain(settings):
+    """Run the whole of it and return the finished Pretraining."""
+    run = Pretraining(settings)
+    describe(run)
+    if run.done >= settings.max_steps:
+        print(f"the run in {run.out_dir} has its {settings.max_steps} steps; a higher --max_steps would add to it")
+        return run
+    tokens_per_step = settings.batch_size * settings.block_size
+    flops = run.model.flops_per_token()
+    run.out_dir.mkdir(parents=True, exist_ok=True)
+    log = Log(run.out_dir / "log.csv", settings.max_steps, tokens_per_step, flops, run.device)
+    started = time.perf_counter()
+    fit(settings, run.done, run.optimizer, log, run.make_batch, run.loss_of, run.validate, run.save)
+    summarize(run, log, time.perf_counter() - started)
+    return run
+
+
+def describe(run):
+    s, meta, model = run.settings, run.meta, run.model
+    print_settings(s)
+    counts = ", ".join(f"{count:,} {split}" for split, count in meta["tokens"].items())
+    print(f"data: {meta['source']} ({counts} tokens, {meta['tokenizer']} tokenizer)")
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(
+        f"model: {s.attn}, {model.num_params() / 1e6:.1f}M parameters, {model.flops_per_token() / 1e9:.3g} GFLOP a token; "
+        f"on {run.device.type} ({gpu})"
+    )
+
+
+def summarize(run, log, seconds):
+    text = f"done in {seconds / 60:.1f} minutes: {statistics.median(log.speeds):,.0f} tokens/s (median)"
+    if log.peak:
+        text += f", {statistics.median(log.speeds) * log.flops_per_token / log.peak:.1%} MFU"
+    if run.device.type == "cuda":
+        text += f", {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB peak memory"
+    print(f"{text}; best validation loss {run.best_val_loss:.4f} in {run.out_dir / 'best.pt'}")
+    print(f"sample:\n{textwrap.indent(run.sample(), '    ')}")
+
+
+def main():
+    pretrain(choose_settings(parse_flags(Settings, __doc__)))
+
+
+if __name__ == "__main__":
+    run_script(main)
