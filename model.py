@@ -56,6 +56,8 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.attn == "v1" and self.n_kv_head % 2:
             raise ValueError(f"V1 pairs its heads, so n_kv_head must be even, not {self.n_kv_head}")
+        if self.attn_impl == "flash_attn" and flash_attn_func is None:
+            raise ValueError("attn_impl flash_attn needs the flash-attn package; sdpa and auto do without")
         if self.head_dim % 2:
             raise ValueError(f"RoPE rotates pairs, so head_dim must be even, not {self.head_dim}")
 
@@ -78,9 +80,8 @@ def attention(q, k, v, softmax_scale=None, causal=False, impl="auto"):
 
     V1 is why v may be wider than q and have fewer heads than k: both maps of a pair read one 2D-wide value head.
     """
-    softmax_scale = softmax_scale or q.size(-1) ** -0.5
-    impl = resolve_impl(impl, q)
-    return _IMPLS[impl](q, k, v, softmax_scale, causal)
+    softmax_scale = q.size(-1) ** -0.5 if softmax_scale is None else softmax_scale
+    return _IMPLS[resolve_impl(impl, q)](q, k, v, softmax_scale, causal)
 
 
 def resolve_impl(impl, q):
@@ -100,8 +101,6 @@ def has_cudnn_attention(q):
 
 
 def _flash_attn(q, k, v, softmax_scale, causal):
-    if flash_attn_func is None:
-        raise ImportError("attn_impl flash_attn needs the flash-attn package; sdpa and auto do without")
     return flash_attn_func(*_equalize(q, k, v), softmax_scale=softmax_scale, causal=causal)
 
 
@@ -333,7 +332,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=std)
 
     def rope(self, T):
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
         return self.rope_cos[:T], self.rope_sin[:T]
 

@@ -260,7 +260,7 @@ class Log:
             csv.DictWriter(file, self.columns).writerows(self.rows)
         self._print(self.rows[-1], speed)
         if bad := [row["step"] for row in self.rows if not math.isfinite(row["loss"])]:
-            raise UserError(f"the loss of step {bad[0]} is not finite; try a lower --learning_rate or more --warmup_steps")
+            raise UserError(f"the loss of step {bad[0]} is not finite; a lower --learning_rate may help")
         self.speeds += [speed] * len(self.rows)
         self.rows, self.seconds = [], 0.0
         self.start_clock()
@@ -279,17 +279,23 @@ class Log:
 # The training loop
 
 
-class StopSignal:
-    """Remembers a SIGINT or SIGTERM, so that the loop can save before it leaves; a second one ends at once."""
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a list to which SIGINT and SIGTERM are appended, so that the loop can save before it leaves. The second one
+    ends the program at once."""
+    received, previous = [], {}
 
-    def __init__(self):
-        self.received = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, frame):
-        self.received = signal.Signals(number)
+    def receive(number, frame):
+        received.append(signal.Signals(number))
         signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def fit(settings, done, optimizer, log, make_batch, loss_of, validate, save):
@@ -300,26 +306,35 @@ def fit(settings, done, optimizer, log, make_batch, loss_of, validate, save):
     validate(step)      the validation loss; called every eval_interval steps and after the last
     save(step)          write a checkpoint; called every save_interval steps, after the last and on a signal
     """
-    stop = StopSignal()
     log.open(done)
     steps = range(done + 1, settings.max_steps + 1)
-    for step, batch in zip(steps, prefetch(make_batch, steps, log.device)):
-        lr = lr_at(step, settings)
-        loss, grad_norm = optimizer_step(optimizer, lr, loss_of, batch, settings.micro_batch_size)
-        log.add(step=step, lr=lr, loss=loss, grad_norm=grad_norm)
-        if step % settings.eval_interval == 0 or step == steps[-1]:
-            log.stop_clock()
-            log.rows[-1]["val_loss"] = validate(step)
-            log.start_clock()
-        saving = step % settings.save_interval == 0 or step == steps[-1] or stop.received
-        if saving or step % settings.log_interval == 0 or step == steps[0]:
-            log.flush()  # before saving, so that log.csv holds every step that the checkpoint does
-        if saving:
-            save(step)
-            log.start_clock()
-        if stop.received:
-            print(f"stopped by {stop.received.name} after step {step}, checkpoint saved; --resume goes on from there")
-            sys.exit(128 + stop.received)
+    with stop_signals() as stop:
+        for step, batch in zip(steps, prefetch(make_batch, steps, log.device)):
+            lr = lr_at(step, settings)
+            loss, grad_norm = optimizer_step(optimizer, lr, loss_of, batch, settings.micro_batch_size)
+            log.add(step=step, lr=lr, loss=loss, grad_norm=grad_norm)
+            last, stopping = step == steps[-1], bool(stop)  # a signal from here on waits for the next step
+            if last or step % settings.eval_interval == 0:
+                log.stop_clock()
+                log.rows[-1]["val_loss"] = validate(step)
+                log.start_clock()
+            saving = last or stopping or step % settings.save_interval == 0
+            if saving or step % settings.log_interval == 0 or step == steps[0]:
+                log.flush()  # before saving, so that log.csv holds every step that the checkpoint does
+            if saving:
+                save(step)
+                log.start_clock()
+            if stopping:
+                print(f"stopped by {stop[0].name} after step {step}, checkpoint saved; --resume goes on from there")
+                sys.exit(128 + stop[0])
+
+
+def micro_batch_size(settings):
+    """The largest micro-batch that is asked for; it must share out the batch evenly."""
+    size = min(settings.micro_batch_size, settings.batch_size)
+    if settings.batch_size % size:
+        raise UserError(f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {size}")
+    return size
 
 
 def optimizer_step(optimizer, lr, loss_of, batch, micro_batch_size, clip=1.0):
@@ -386,9 +401,7 @@ def choose_settings(given):
         return Settings(**{**saved, **given})
     preset = choose_preset(given)
     shape = SHAPES[preset, given.get("attn", Settings.attn)]
-    settings = Settings(**{**PRESETS[preset], **shape, **given, "preset": preset})
-    settings.micro_batch_size = min(settings.micro_batch_size, settings.batch_size)
-    return settings
+    return Settings(**{**PRESETS[preset], **shape, **given, "preset": preset})
 
 
 def build_config(settings, vocab_size):
@@ -429,6 +442,7 @@ class Pretraining:
 
     def __init__(self, settings):
         self.settings, self.out_dir, self.device = settings, Path(settings.out_dir), choose_device(settings.device)
+        settings.micro_batch_size = micro_batch_size(settings)
         directory = prepared_directory(settings.dataset, settings.source, settings.tokenizer)
         self.meta = read_meta(directory)
         self.train_tokens = open_tokens(directory, "train", self.meta, settings.block_size)
@@ -509,11 +523,10 @@ def describe(run):
     print_settings(s)
     counts = ", ".join(f"{count:,} {split}" for split, count in meta["tokens"].items())
     print(f"data: {meta['source']} ({counts} tokens, {meta['tokenizer']} tokenizer)")
-    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(
-        f"model: {s.attn}, {model.num_params() / 1e6:.1f}M parameters, {model.flops_per_token() / 1e9:.3g} GFLOP a token; "
-        f"on {run.device.type} ({gpu})"
-    )
+    is_gpu = run.device.type == "cuda"
+    machine = torch.cuda.get_device_name(run.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
+    flops = model.flops_per_token() / 1e9
+    print(f"model: {s.attn}, {model.num_params() / 1e6:.1f}M parameters, {flops:.3g} GFLOP a token, on {machine}")
 
 
 def summarize(run, log, seconds):

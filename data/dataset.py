@@ -119,8 +119,8 @@ def load_from_hub(path, **options):
 
 
 def prepared_directory(name, source, tokenizer):
-    """The folder of the data set `name`, a folder in data/ or a path with a slash. It is prepared first if it is missing,
-    or if `source`, a local file, is given and the folder was made from another file or an older version of it."""
+    """The folder of the data set `name`, a folder in data/ or a path with a slash. It is prepared first if it is
+    missing, or was made from something else than the local file `source`, or from an older version of it."""
     directory = Path(name) if "/" in name else Path(__file__).parent / name
     if _is_prepared(directory / "meta.json", source):
         return directory

@@ -31,8 +31,8 @@ def _gpt2():
         base = tiktoken.get_encoding("gpt2")
     except Exception as error:  # tiktoken lets whatever its download raises through
         raise UserError(
-            f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that "
-            "holds it, or do without: --preset tiny, or --tokenizer bytes"
+            f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder "
+            "that holds it, or do without it: --preset tiny, or --tokenizer bytes"
         ) from error
     return _with_control_tokens("gpt2", base._pat_str, base._mergeable_ranks, base._special_tokens)
 

@@ -37,10 +37,14 @@ def docstrings(path):
         tree = ast.parse(source)
     lines, parts = source.splitlines(), []
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if text := ast.get_docstring(node):
-                title = f"module {path.stem}" if isinstance(node, ast.Module) else lines[node.lineno - 1].strip()
-                parts.append(f"{title}\n\n{text}\n")
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if text := ast.get_docstring(node):
+            title = f"module {path.stem}" if isinstance(node, ast.Module) else lines[node.lineno - 1].strip()
+            parts.append(f"{title}
+
+{text}
+")
     return "\n\n".join(parts)
 
 
@@ -56,7 +60,9 @@ def documents():
 def prepare(directory, source="", val="", tokenizer="bytes"):
     """Write the data set into `directory`; it takes no text of the user's."""
     if source or val:
-        raise UserError("tiny is made of Python's own documentation; give your text a name: --dataset mine --source FILE")
+        raise UserError(
+            "tiny is made of Python's own documentation; give your text a name: --dataset mine --source FILE"
+        )
     texts = documents()
     train = [text for index, text in enumerate(texts) if index % VAL_EVERY]
     source = f"documentation of Python {platform.python_version()}"

@@ -1,7 +1,7 @@
 """WikiText-2 (raw), 2.4 million tokens of Wikipedia's verified articles, or a text file of your own.
 
-    python -m data.wikitext2.prepare
-    python -m data.wikitext2.prepare --source train.txt --val valid.txt --out_dir data/mine
+python -m data.wikitext2.prepare
+python -m data.wikitext2.prepare --source train.txt --val valid.txt --out_dir data/mine
 """
 
 import argparse
@@ -40,7 +40,9 @@ def prepare(directory, source="", val="", tokenizer="gpt2"):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="", help="local text file to train on, instead of the hub")
-    parser.add_argument("--val", default="", help="local text file to validate on (default: the last tenth of --source)")
+    parser.add_argument(
+        "--val", default="", help="local text file to validate on (default: the last tenth of --source)"
+    )
     parser.add_argument("--tokenizer", default="gpt2", choices=TOKENIZERS)
     parser.add_argument("--out_dir", default=Path(__file__).parent, help="where to write (default: beside this file)")
     args = parser.parse_args()

@@ -1,0 +1,291 @@
+"""model.py against references in float64 that are written from the equations."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import REFERENCE
+
+import model as model_module
+from model import ATTENTION, ATTENTION_KINDS, GPT, GPTConfig, attention, pad_vocab, rope_table, sample_token
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_flash_attn = pytest.mark.skipif(model_module.flash_attn_func is None, reason="needs the flash-attn package")
+
+SHAPE = dict(block_size=24, vocab_size=64, n_layer=3, n_embd=32, n_inner=48, head_dim=8)
+HEADS = {"multi-head": dict(n_head=4, n_kv_head=4), "grouped": dict(n_head=8, n_kv_head=4)}
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def tiny_config(attn, heads="multi-head", **changes):
+    return GPTConfig(attn=attn, **{**SHAPE, **HEADS[heads], **changes})
+
+
+def tiny_model(attn, heads="multi-head", **changes):
+    """A model whose weights are large enough for attention to be far from uniform."""
+    torch.manual_seed(0)
+    model = GPT(tiny_config(attn, heads, **changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+# ------------------------------------------------------------------------------------- the attention modules
+
+
+@pytest.mark.parametrize("impl", ["naive", "sdpa"])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+def test_outputs_and_gradients_follow_the_equations(float64, attn, heads, impl):
+    torch.manual_seed(1)
+    config, layer, T = tiny_config(attn, heads, attn_impl=impl), 2, 11
+    module = ATTENTION[attn](config, layer)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    weights = {
+        name.removesuffix(".weight"): p.detach().clone().requires_grad_() for name, p in module.named_parameters()
+    }
+    x = torch.randn(2, T, config.n_embd, requires_grad=True)
+    x_reference = x.detach().clone().requires_grad_()
+
+    cos, sin = rope_table(config.block_size, config.head_dim, config.rope_theta)
+    ours = module(x, (cos[:T], sin[:T]))
+    args = (config.n_head, config.n_kv_head, config.head_dim, config.rope_theta, layer)
+    reference = REFERENCE[attn](x_reference, weights, *args)
+    torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
+
+    upstream = torch.randn_like(ours)
+    ours.backward(upstream)
+    reference.backward(upstream)
+    torch.testing.assert_close(x.grad, x_reference.grad, rtol=1e-9, atol=1e-9)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.grad, weights[name.removesuffix(".weight")].grad, rtol=1e-9, atol=1e-9)
+
+
+def test_lambda_init_counts_layers_from_zero():
+    layers = [ATTENTION["v1"](tiny_config("v1"), layer) for layer in range(3)]
+    assert layers[0].lambda_init == pytest.approx(0.2)
+    assert layers[2].lambda_init == pytest.approx(0.8 - 0.6 * math.exp(-0.6))
+
+
+def test_lambdas_can_be_read_back():
+    idx = torch.randint(64, (2, 9))
+    assert tiny_model("vanilla").lambdas(idx) == []
+
+    v1 = tiny_model("v1")
+    for layer, value in zip(v1.layers, v1.lambdas(idx), strict=True):
+        a = layer.attn
+        expected = (a.lambda_q1 @ a.lambda_k1).exp() - (a.lambda_q2 @ a.lambda_k2).exp() + a.lambda_init
+        assert value == pytest.approx(expected.item(), rel=1e-5)
+
+    v2, seen = tiny_model("v2"), []
+    for layer in v2.layers:
+        layer.attn.lambda_proj.register_forward_hook(lambda module, args, out: seen.append(out.sigmoid().mean().item()))
+    v2(idx)
+    expected = list(seen)
+    assert v2.lambdas(idx) == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------- the attention function
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T, S", [(7, 7), (3, 7), (1, 7)])
+@pytest.mark.parametrize("H, K, G, Dv", [(4, 4, 4, 8), (4, 2, 2, 8), (8, 4, 2, 16)])
+def test_sdpa_equals_naive(float64, H, K, G, Dv, T, S, causal):
+    q, k, v = torch.randn(2, T, H, 8), torch.randn(2, S, K, 8), torch.randn(2, S, G, Dv)
+    naive = attention(q, k, v, causal=causal, impl="naive")
+    assert naive.shape == (2, T, H, Dv)
+    torch.testing.assert_close(attention(q, k, v, causal=causal, impl="sdpa"), naive, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", ["naive", "sdpa"])
+def test_causal_mask_is_aligned_to_the_bottom_right(float64, impl):
+    """As in flash-attn: the queries are the last of the keys' positions."""
+    q, k, v = torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
+    whole = attention(q, k, v, causal=True, impl=impl)
+    torch.testing.assert_close(attention(q[:, 4:], k, v, causal=True, impl=impl), whole[:, 4:])
+
+
+@pytest.mark.parametrize("impl", ["naive", "sdpa"])
+def test_softmax_scale(float64, impl):
+    q, k, v = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 16)
+    expected = torch.softmax(torch.einsum("bthd,bshd->bhts", q, k) * 0.7, -1) @ v.transpose(1, 2)
+    torch.testing.assert_close(attention(q, k, v, softmax_scale=0.7, impl=impl).transpose(1, 2), expected)
+
+
+def test_flash_attn_asked_for_but_missing(monkeypatch):
+    monkeypatch.setattr(model_module, "flash_attn_func", None)
+    with pytest.raises(ValueError, match="needs the flash-attn package"):
+        tiny_config("v2", attn_impl="flash_attn")
+
+
+# ------------------------------------------------------------------------------------- the whole model
+
+
+@pytest.mark.parametrize("impl", ["naive", "sdpa"])
+@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+def test_the_future_changes_nothing(attn, impl):
+    model = tiny_model(attn, "grouped", attn_impl=impl)
+    before, after = torch.randint(32, (1, 20)), None
+    for t in (1, 10, 19):
+        after = before.clone()
+        after[0, t] += 32
+        a, b = model(before)[0], model(after)[0]
+        assert torch.equal(a[:, :t], b[:, :t])
+        assert not torch.equal(a[:, t:], b[:, t:])
+
+
+@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+def test_loss_is_the_mean_over_targets_that_count(attn):
+    model = tiny_model(attn)
+    idx, targets = torch.randint(64, (2, 8)), torch.randint(64, (2, 8))
+    targets[:, :3] = -100
+    logits, loss = model(idx, targets)
+    assert logits.shape == (2, 8, 64)
+    picked = F.log_softmax(logits, -1).gather(-1, targets.clamp(min=0)[..., None])[:, 3:]
+    assert loss.item() == pytest.approx(-picked.mean().item(), rel=1e-5)
+    assert model(idx)[1] is None
+
+
+def test_context_too_long_is_refused():
+    with pytest.raises(ValueError, match="25 tokens do not fit the context of 24"):
+        tiny_model("v2")(torch.zeros(1, 25, dtype=torch.long))
+
+
+@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+def test_initialisation(attn):
+    torch.manual_seed(0)
+    model = GPT(tiny_config(attn, n_embd=128, n_inner=128, head_dim=32))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            assert parameter.std().item() == pytest.approx(0.02 / math.sqrt(2 * 3), rel=0.05), name
+        elif "norm" in name or "subln" in name:
+            assert (parameter == 1).all(), name
+        elif "lambda_q" in name or "lambda_k" in name:
+            assert parameter.std().item() == pytest.approx(0.1, rel=0.6), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.15), name
+
+
+def test_tied_embeddings():
+    untied, tied = tiny_model("v2"), tiny_model("v2", tie_embeddings=True)
+    assert tied.lm_head.weight is tied.embed_tokens.weight
+    assert untied.num_params() - tied.num_params() == 64 * 32
+
+
+def test_pad_vocab():
+    assert [pad_vocab(n) for n in (1, 64, 65, 259, 50257, 50259)] == [64, 64, 128, 320, 50304, 50304]
+    assert pad_vocab(10, multiple=8) == 16
+
+
+@pytest.mark.parametrize(
+    "attn, changes, attention_products",
+    [("vanilla", dict(n_head=6, n_kv_head=6, head_dim=128, n_inner=1920), 2),
+     ("v1", dict(n_head=12, n_kv_head=12, head_dim=64, n_inner=1920), 3),
+     ("v2", dict(n_head=6, n_kv_head=6, head_dim=128, n_inner=1664), 4)],
+)  # fmt: skip
+def test_parameters_and_flops_of_the_recipe(attn, changes, attention_products):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(attn=attn, **changes))
+    assert model.num_params() / 1e6 == pytest.approx(158.7, abs=0.05)
+    q = 2 if attn == "v2" else 1
+    per_layer = (q + 3) * 768**2 + 3 * 768 * changes["n_inner"] + (768 * 6 if attn == "v2" else 0)
+    products = 12 * per_layer + 768 * 50304  # the embedding is looked up, not multiplied
+    scores_and_values = 12 * attention_products * 768 * (2048 / 2)
+    assert model.flops_per_token() == 6 * (products + scores_and_values)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [(dict(attn="v3"), "attn must be one of vanilla, v1, v2, not 'v3'"), (dict(attn_impl="fast"), "attn_impl"),
+     (dict(n_head=6, n_kv_head=4), "multiple of n_kv_head"), (dict(attn="v1", n_head=3, n_kv_head=3), "even"),
+     (dict(head_dim=7), "even"), (dict(n_layer=0), "n_layer must be at least 1")],
+)  # fmt: skip
+def test_impossible_shapes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**changes)
+
+
+# ------------------------------------------------------------------------------------- sampling
+
+
+def test_greedy_generation_takes_the_likeliest_token():
+    model = tiny_model("v2")
+    idx = torch.randint(64, (2, 5))
+    out = model.generate(idx, 30, temperature=0)  # beyond the context of 24
+    assert out.shape == (2, 35) and torch.equal(out[:, :5], idx)
+    for t in (5, 20, 34):
+        seen = out[:, max(0, t - 24) : t]
+        assert torch.equal(out[:, t], model(seen)[0][:, -1].argmax(-1))
+
+
+def test_generation_never_takes_a_padding_id():
+    model = tiny_model("vanilla")
+    out = model.generate(torch.zeros(8, 1, dtype=torch.long), 20, temperature=5.0, n_vocab=3)
+    assert out.max() <= 2
+
+
+def test_sample_token_follows_the_distribution():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(20000, 4)
+
+    def frequency(**options):
+        return torch.bincount(sample_token(logits, **options).flatten(), minlength=4) / len(logits)
+
+    torch.testing.assert_close(frequency(), torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.015, rtol=0)
+    torch.testing.assert_close(frequency(top_k=2), torch.tensor([0.0, 0.0, 3 / 7, 4 / 7]), atol=0.015, rtol=0)
+    squared = torch.tensor([1.0, 4.0, 9.0, 16.0]) / 30  # temperature 1/2
+    torch.testing.assert_close(frequency(temperature=0.5), squared, atol=0.015, rtol=0)
+
+
+# ------------------------------------------------------------------------------------- on a GPU
+
+
+def relative_error(ours, reference):
+    return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+@needs_gpu
+@pytest.mark.parametrize("impl", ["sdpa", "auto", pytest.param("flash_attn", marks=needs_flash_attn)])
+@pytest.mark.parametrize(
+    "H, K, G, D, Dv", [(6, 6, 6, 64, 64), (12, 6, 6, 128, 128), (12, 12, 6, 64, 128), (12, 4, 2, 64, 128)]
+)
+def test_gpu_kernels_in_bf16(H, K, G, D, Dv, impl):
+    """Forward and backward against float64 on the same bf16 numbers."""
+    torch.manual_seed(0)
+    inputs = [
+        torch.randn(2, 200, heads, width, device="cuda", dtype=torch.bfloat16)
+        for heads, width in ((H, D), (K, D), (G, Dv))
+    ]
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    ours, reference = attention(*inputs, causal=True, impl=impl), attention(*exact, causal=True, impl="naive")
+    assert relative_error(ours, reference) < 5e-3
+    upstream = torch.randn_like(ours)
+    ours.backward(upstream)
+    reference.backward(upstream.double())
+    for x, y in zip(inputs, exact):
+        assert relative_error(x.grad, y.grad) < 1e-2
+
+
+@needs_gpu
+@pytest.mark.parametrize("impl", ["sdpa", pytest.param("flash_attn", marks=needs_flash_attn)])
+@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+def test_gpu_model_compiles_into_one_graph(attn, impl):
+    model = tiny_model(attn, "grouped", attn_impl=impl, head_dim=32).cuda()
+    idx = torch.randint(64, (2, 24), device="cuda")
+    with torch.no_grad():
+        reference = tiny_model(attn, "grouped", attn_impl="naive", head_dim=32).double().cuda()(idx)[0]
+    with torch.autocast("cuda", torch.bfloat16):
+        logits, loss = torch.compile(model, fullgraph=True)(idx, idx)
+    loss.backward()
+    assert relative_error(logits, reference) < 3e-2
+    assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,313 @@
+"""The training loop and train.py's command line."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import train
+from data import UserError, run_script
+from data.dataset import write_dataset
+from model import ATTENTION_KINDS, GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--preset", "tiny", "--block_size", "16", "--n_layer", "2", "--n_embd", "32", "--n_inner", "48"]
+SMALL += ["--n_head", "2", "--head_dim", "16", "--batch_size", "4", "--max_steps", "8", "--device", "cpu"]
+SMALL += ["--eval_interval", "4", "--save_interval", "3", "--log_interval", "2", "--warmup_steps", "3"]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "set"
+    text = "".join(f"{i} bottles of beer on the wall\n" for i in range(100))
+    write_dataset(folder, {"train": [text], "val": [text[:400]]}, "bytes", "a test")
+    return folder
+
+
+@pytest.fixture
+def run(dataset, tmp_path):
+    """Calls train.py in this process, in a folder of its own."""
+
+    def call(*flags, out="run"):
+        arguments = [*SMALL, "--dataset", str(dataset), "--out_dir", str(tmp_path / out), *map(str, flags)]
+        train.pretrain(train.choose_settings(train.parse_flags(train.Settings, "", arguments)))
+        return tmp_path / out
+
+    return call
+
+
+def log_of(folder, *columns):
+    with open(folder / "log.csv", newline="") as file:
+        return [tuple(row[c] for c in columns) for row in csv.DictReader(file)]
+
+
+def weights_of(folder, name="ckpt.pt"):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+# ------------------------------------------------------------------------------------- the recipe's pieces
+
+
+def test_learning_rate_schedule():
+    s = train.Settings(learning_rate=6e-4, warmup_steps=200, max_steps=1000)
+    assert train.lr_at(1, s) == pytest.approx(3e-6)
+    assert train.lr_at(100, s) == pytest.approx(3e-4)
+    assert train.lr_at(200, s) == pytest.approx(6e-4)
+    assert train.lr_at(600, s) == pytest.approx((6e-4 + 6e-5) / 2)  # half way down the cosine
+    assert train.lr_at(1000, s) == pytest.approx(6e-5)
+    without_warmup = train.Settings(learning_rate=1.0, warmup_steps=0, max_steps=2)
+    assert train.lr_at(1, without_warmup) == pytest.approx(0.55)
+    only_warmup = train.Settings(learning_rate=1.0, warmup_steps=200, max_steps=100)
+    assert train.lr_at(100, only_warmup) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+def test_weight_decay_is_for_matrices_alone(attn, tied):
+    shape = dict(n_layer=1, n_head=2, n_kv_head=2, n_embd=8, head_dim=4, n_inner=8, vocab_size=64)
+    model = GPT(GPTConfig(attn=attn, tie_embeddings=tied, **shape))
+    decayed, spared = train.make_optimizer(model, 0.1).param_groups
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
+    assert decayed["betas"] == spared["betas"] == (0.9, 0.95)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in (decayed, spared))
+    assert decayed | spared == set(names.values()) and not decayed & spared
+    assert all(name.endswith("_proj.weight") or name == "lm_head.weight" for name in decayed)
+    assert ("lm_head.weight" in decayed) != tied
+    assert "embed_tokens.weight" in spared
+    assert ("layers.0.attn.lambda_proj.weight" in decayed) == (attn == "v2")
+    assert ("layers.0.attn.lambda_q1" in spared) == (attn == "v1")
+
+
+def test_accumulated_gradients_equal_those_of_the_large_batch():
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(12, 5, dtype=torch.double), torch.randn(12, 3, dtype=torch.double)
+    results = []
+    for micro_batch_size in (12, 4, 1):
+        torch.manual_seed(1)
+        layer = nn.Linear(5, 3, dtype=torch.double)
+        optimizer = train.make_optimizer(layer, 0.1)
+        loss_of = lambda x, y, layer=layer: (layer(x) - y).square().mean()  # noqa: E731
+        loss, norm = train.optimizer_step(optimizer, 1e-2, loss_of, (inputs, targets), micro_batch_size, clip=0.5)
+        assert norm > 0.5  # so that it is clipped
+        results.append((loss, norm, layer.weight.detach()))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+def test_gradients_are_clipped():
+    layer = nn.Linear(4, 1, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    batch = (torch.full((2, 4), 100.0),)
+    _, norm = train.optimizer_step(optimizer, 1.0, lambda x: layer(x).mean(), batch, 2, clip=1.0)
+    assert norm.item() == pytest.approx(200.0)
+    assert (layer.weight - before).norm().item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_peak_of_the_gpu_by_its_name(monkeypatch):
+    for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA RTX A6000", 155e12),
+                       ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A10G", 70e12), ("Some GPU", None)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert train.peak_flops(torch.device("cuda")) == peak
+    assert train.peak_flops(torch.device("cpu")) is None
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+def test_training_learns(run, attn, capsys):
+    out = run("--attn", attn, "--max_steps", 60, "--learning_rate", 3e-2)
+    losses = [float(loss) for (loss,) in log_of(out, "loss")]
+    assert losses[0] > 5 and losses[-1] < 2.0
+    text = capsys.readouterr().out
+    assert "settings: preset=tiny" in text and f"model: {attn}" in text and "sample:" in text
+    assert ("lambda by layer" in text) == (attn != "vanilla")
+
+
+def test_log_has_a_row_a_step(run):
+    out = run()
+    assert log_of(out, "step") == [(str(step),) for step in range(1, 9)]
+    validated = [step for step, loss in log_of(out, "step", "val_loss") if loss]
+    assert validated == ["4", "8"]
+    assert all(float(value) > 0 for row in log_of(out, "loss", "grad_norm", "lr", "tokens_per_s") for value in row)
+
+
+@pytest.mark.parametrize("attn", ["v1", "v2"])
+def test_resumed_run_equals_uninterrupted_bit_for_bit(run, attn, monkeypatch):
+    whole = run("--attn", attn, "--micro_batch_size", 2, out="whole")
+
+    class Killed(BaseException):
+        pass
+
+    original = train.optimizer_step
+
+    def killed_at_step_6(*args, **options):
+        if killed_at_step_6.calls == 5:
+            raise Killed
+        killed_at_step_6.calls += 1
+        return original(*args, **options)
+
+    killed_at_step_6.calls = 0
+    monkeypatch.setattr(train, "optimizer_step", killed_at_step_6)
+    with pytest.raises(Killed):
+        run("--attn", attn, "--micro_batch_size", 2, out="cut")
+    monkeypatch.setattr(train, "optimizer_step", original)
+    cut = whole.parent / "cut"
+    assert torch.load(cut / "ckpt.pt", weights_only=True)["step"] == 3
+    assert len(log_of(cut, "step")) > 3  # logged beyond the checkpoint
+    resumed = train.choose_settings(train.parse_flags(train.Settings, "", ["--resume", "--out_dir", str(cut)]))
+    assert resumed.attn == attn and resumed.n_embd == 32  # as in the run
+    train.pretrain(resumed)
+
+    columns = ("step", "loss", "grad_norm", "lr", "val_loss")
+    assert log_of(cut, *columns) == log_of(whole, *columns)
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = weights_of(cut, name), weights_of(whole, name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_seed_decides_everything(run):
+    first, again, other = run("--seed", 5, out="a"), run("--seed", 5, out="b"), run("--seed", 6, out="c")
+    assert log_of(first, "loss") == log_of(again, "loss") != log_of(other, "loss")
+
+
+def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(run):
+    out = run("--learning_rate", 1.0, "--warmup_steps", 8, "--eval_interval", 1)  # diverges in the end
+    losses = [(float(loss), int(step)) for step, loss in log_of(out, "step", "val_loss")]
+    best = torch.load(out / "best.pt", weights_only=True)
+    assert (best["best_val_loss"], best["step"]) == min(losses)
+    assert best["step"] != 8 and "optimizer" not in best
+
+
+def test_init_from_a_checkpoint(run):
+    first = run()
+    second = run("--init_from", first / "ckpt.pt", "--max_steps", 1, "--learning_rate", 0, out="second")
+    a, b = weights_of(first), weights_of(second)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resume_of_a_finished_run_says_so(run, capsys):
+    run()
+    run("--resume")
+    assert "has its 8 steps; a higher --max_steps would add to it" in capsys.readouterr().out
+    out = run("--resume", "--max_steps", 10)
+    assert len(log_of(out, "step")) == 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_leave(dataset, tmp_path, number):
+    command = [sys.executable, "train.py", *SMALL, "--dataset", str(dataset), "--out_dir", str(tmp_path)]
+    process = subprocess.Popen([*command, "--max_steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while "step    20" not in process.stdout.readline():
+        pass
+    process.send_signal(number)
+    started, rest = time.time(), process.stdout.read()
+    assert process.wait(timeout=20) == 128 + number and time.time() - started < 20
+    assert f"stopped by {number.name}" in rest
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
+    assert log_of(tmp_path, "step")[-1] == (str(saved),)
+
+
+# ------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [(["--learning_rat", "1"], "unrecognized arguments: --learning_rat"),
+     (["--max_steps", "0"], "--max_steps must be a number of at least 1, not 0"),
+     (["--max_steps", "ten"], "argument --max_steps: invalid int value: 'ten'"),
+     (["--learning_rate", "nan"], "--learning_rate must be a number of at least 0, not nan"),
+     (["--learning_rate", "-1"], "--learning_rate must be a number of at least 0, not -1.0"),
+     (["--weight_decay", "inf"], "--weight_decay must be"),
+     (["--attn", "v3"], "argument --attn: invalid choice: 'v3'"),
+     (["--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
+     (["extra"], "unrecognized arguments: extra")],
+)  # fmt: skip
+def test_wrong_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.parse_flags(train.Settings, "", flags)
+    output = capsys.readouterr()
+    assert exit.value.code == 2 and message in output.err and output.err.count("\n") == 1 and not output.out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [(["--batch_size", "6", "--micro_batch_size", "4"], "batch_size 6 is not a multiple of micro_batch_size 4"),
+     (["--n_head", "3", "--n_kv_head", "2"], "n_head 3 is not a multiple of n_kv_head 2"),
+     (["--attn", "v1", "--n_head", "3"], "must be even"),
+     (["--head_dim", "15"], "head_dim must be even"),
+     (["--block_size", "100000"], "too few for a block_size of 100000"),
+     (["--device", "gpu9"], "--device gpu9 is not available"),
+     (["--device", "cuda:99"], "--device cuda:99 is not available"),
+     (["--dataset", "nosuch"], "there is no data set nosuch"),
+     (["--init_from", "nosuch.pt"], "there is no checkpoint nosuch.pt"),
+     (["--resume"], "there is no checkpoint"),
+     (["--attn_impl", "flash_attn"], "flash_attn needs")],
+)  # fmt: skip
+def test_impossible_settings(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(*flags)
+
+
+def test_checkpoints_that_are_none(run, tmp_path):
+    class Unpickled:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "harm"),))
+
+    good = run()
+    whole = (good / "ckpt.pt").read_bytes()
+    path = tmp_path / "bad.pt"
+    for content in (b"", b"text", whole[:1000], whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="damaged, or not a checkpoint"):
+            train.load_checkpoint(path)
+    torch.save(Unpickled(), path)
+    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
+        train.load_checkpoint(path)
+    assert not (tmp_path / "harm").exists()
+    torch.save({"model": {}}, path)
+    with pytest.raises(UserError, match="no checkpoint of this project"):
+        train.load_checkpoint(path)
+
+
+def test_checkpoints_of_another_shape(run):
+    good = run()
+    for flags, message in (
+        (["--n_embd", 64], "n_embd 32, but the settings say 64"),
+        (["--attn", "vanilla"], "attn v2, but the settings say vanilla"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("--init_from", good / "ckpt.pt", *flags, out="other")
+        with pytest.raises(UserError, match=message):
+            run("--resume", *flags)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(capsys):
+    def mistake():
+        raise UserError("that won't do")
+
+    with pytest.raises(SystemExit) as exit:
+        run_script(mistake)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: that won't do\n"
+
+
+def test_loss_that_is_not_finite_stops_the_run(run):
+    with pytest.raises(UserError, match="loss of step . is not finite"):
+        run("--learning_rate", 1e30, "--warmup_steps", 0)
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_flags(train.Settings, train.__doc__, ["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in train.Settings.__dataclass_fields__)
