@@ -344,8 +344,10 @@ class GPT(nn.Module):
         for layer in self.layers:
             x = layer(x, rope)
         logits = self.lm_head(self.norm(x))
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits, loss
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits.detach(), loss  # else torch.compile adds a gradient of zeros for the logits, gigabytes of them
 
     @torch.no_grad()
     def lambdas(self, idx):

@@ -57,7 +57,7 @@ class CommonSettings:
     resume: bool = flag(False, "go on with the run in out_dir, whose settings hold unless given again")
     seed: int = flag(1, "of weights and batches", least=0)
     max_steps: int = flag(1000, "optimizer steps", least=1)
-    batch_size: int = flag(32, "sequences a step", least=1)
+    batch_size: int = flag(16, "sequences a step", least=1)
     micro_batch_size: int = flag(16, "sequences in memory at once; gradients of several add up", least=1)
     learning_rate: float = flag(6e-4, "peak", least=0)
     warmup_steps: int = flag(200, "steps of linear warmup, before the cosine", least=0)
@@ -378,8 +378,8 @@ class Settings(CommonSettings):
 PRESETS = {
     "ldiff": {},
     "tiny": dict(
-        dataset="tiny", tokenizer="bytes", block_size=256, n_layer=4, n_embd=192, max_steps=600, batch_size=8,
-        micro_batch_size=8, learning_rate=3e-3, warmup_steps=50, eval_windows=64,
+        dataset="tiny", tokenizer="bytes", block_size=256, n_layer=4, n_embd=192, max_steps=800, batch_size=4,
+        micro_batch_size=4, learning_rate=3e-3, warmup_steps=50, eval_windows=64,
     ),
 }  # fmt: skip
 

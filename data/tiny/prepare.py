@@ -41,10 +41,7 @@ def docstrings(path):
             continue
         if text := ast.get_docstring(node):
             title = f"module {path.stem}" if isinstance(node, ast.Module) else lines[node.lineno - 1].strip()
-            parts.append(f"{title}
-
-{text}
-")
+            parts.append(f"{title}\n\n{text}\n")
     return "\n\n".join(parts)
 
 
