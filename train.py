@@ -134,13 +134,17 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_model(checkpoint, path, attn_impl="auto"):
-    """The model of a checkpoint, on the CPU."""
+def load_model(checkpoint, path, config):
+    """The model of a checkpoint, on the CPU; raises UserError unless it has the shape that `config` asks for."""
+    for name, value in asdict(config).items():
+        saved = checkpoint["config"].get(name)
+        if name != "attn_impl" and saved != value:
+            raise UserError(f"the model in {path} has {name} {saved}, but the settings say {value}")
+    model = GPT(config)
     try:
-        model = GPT(GPTConfig(**{**checkpoint["config"], "attn_impl": attn_impl}))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the weights and the config in {path} do not fit each other") from error
+    except RuntimeError as error:
+        raise UserError(f"the weights in {path} do not fit its config") from error
     return model
 
 
@@ -414,17 +418,6 @@ def build_config(settings, vocab_size):
         raise UserError(error) from error
 
 
-def build_model(config, checkpoint, path):
-    """A new model, or that of a checkpoint, which must have the same shape."""
-    if checkpoint is None:
-        return GPT(config)
-    for name, value in asdict(config).items():
-        saved = checkpoint["config"].get(name)
-        if name != "attn_impl" and saved != value:
-            raise UserError(f"{path} holds a model with {name} {saved}, but the settings say {value}")
-    return load_model(checkpoint, path, config.attn_impl)
-
-
 @torch.no_grad()
 def validation_loss(model, batches, device):
     """Mean cross-entropy in nats over all target tokens of `batches`."""
@@ -454,7 +447,7 @@ class Pretraining:
         path = self.out_dir / "ckpt.pt" if settings.resume else settings.init_from
         checkpoint = load_checkpoint(path) if path else None
         config = build_config(settings, self.meta["vocab_size"])
-        self.model = build_model(config, checkpoint, path).to(self.device)
+        self.model = (load_model(checkpoint, path, config) if path else GPT(config)).to(self.device)
         self.compiled = maybe_compile(self.model, settings.compile, self.device)
         self.optimizer = make_optimizer(self.model, settings.weight_decay)
         self.done, self.best_val_loss = 0, math.inf
