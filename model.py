@@ -22,14 +22,13 @@ try:
 except ImportError:  # optional; `auto` never needs it
     flash_attn_func = None
 
-ATTENTION_KINDS = ("vanilla", "v1", "v2")
 ATTENTION_IMPLS = ("auto", "flash_attn", "sdpa", "naive")
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. `n_head` counts the heads of the Transformer being compared with: V1 makes
-    n_head // 2 pairs of them, V2 projects 2 * n_head queries. Raises ValueError if the numbers don't fit."""
+    """The shape of a model. All kinds of attention put out n_head * head_dim numbers: V1 from n_head // 2 pairs of
+    heads, V2 from 2 * n_head queries. Raises ValueError if the numbers don't fit."""
 
     attn: str = "v2"
     block_size: int = 2048
@@ -46,7 +45,7 @@ class GPTConfig:
     attn_impl: str = "auto"
 
     def __post_init__(self):
-        for name, choices in (("attn", ATTENTION_KINDS), ("attn_impl", ATTENTION_IMPLS)):
+        for name, choices in (("attn", ATTENTION), ("attn_impl", ATTENTION_IMPLS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
@@ -54,8 +53,8 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.attn == "v1" and self.n_kv_head % 2:
-            raise ValueError(f"V1 pairs its heads, so n_kv_head must be even, not {self.n_kv_head}")
+        if self.n_kv_head % ATTENTION[self.attn].value_width:
+            raise ValueError(f"{self.attn} pairs its key heads, so n_kv_head must be even, not {self.n_kv_head}")
         if self.attn_impl == "flash_attn" and flash_attn_func is None:
             raise ValueError("attn_impl flash_attn needs the flash-attn package; sdpa and auto do without")
         if self.head_dim % 2:
@@ -65,6 +64,11 @@ class GPTConfig:
 def pad_vocab(n, multiple=64):
     """The smallest multiple of `multiple` that holds n ids."""
     return math.ceil(n / multiple) * multiple
+
+
+def at_least_float32(x):
+    """Half precision is widened to float32, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -153,11 +157,6 @@ def _causal_mask(T, S, device):
 # Layers
 
 
-def at_least_float32(x):
-    """Half precision is widened to float32, float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 (arXiv 1910.07467)."""
 
@@ -189,8 +188,9 @@ def apply_rope(x, rope):
 class Attention(nn.Module):
     """Causal softmax attention with grouped queries: the baseline, and what both DIFF variants build on."""
 
-    q_per_head = 1  # query heads per n_head
-    value_width = 1  # width of a value head, in head_dims
+    q_per_head = 1  # query heads, in n_head
+    value_width = 1  # width of a value head, in head_dim
+    products = 2  # multiplications per pair of tokens, in n_head * head_dim: one for the scores, one for the values
 
     def __init__(self, config, layer):
         super().__init__()
@@ -224,6 +224,7 @@ class DiffAttnV1(Attention):
     """
 
     value_width = 2
+    products = 3
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -233,19 +234,20 @@ class DiffAttnV1(Attention):
             self.register_parameter(name, nn.Parameter(torch.zeros(config.head_dim).normal_(std=0.1)))
         self.subln = RMSNorm(2 * config.head_dim, config.norm_eps)
 
-    def lam(self, x=None):
-        """lambda of the layer, a scalar in float32; it does not depend on the input."""
+    def lam(self, x):
+        """The factor of the second map: a scalar in float32, whatever x is."""
         first = at_least_float32(self.lambda_q1 * self.lambda_k1).sum().exp()
         second = at_least_float32(self.lambda_q2 * self.lambda_k2).sum().exp()
         return first - second + self.lambda_init
 
     def forward(self, x, rope):
         q, k, v = self.qkv(x, rope)
-        # Query heads come as (group, pair, map). The kernel gives neighbours the same key head, so put the map first.
-        q = q.unflatten(2, (self.n_group, -1, 2)).transpose(3, 4).flatten(2, 4)
-        y = attention(q, k, v, causal=True, impl=self.impl)  # (B, T, H, 2D)
+        # Kernels give neighbouring query heads the same key head, so the queries that use map 1 of a group come first.
+        q = q.unflatten(2, (self.n_group, -1, 2))  # (B, T, group, pair, map, D)
+        q = q.transpose(3, 4).flatten(2, 4)  # (B, T, group * map * pair, D)
+        y = attention(q, k, v, causal=True, impl=self.impl)  # (B, T, group * map * pair, 2D)
         y1, y2 = y.unflatten(2, (self.n_group, 2, -1)).unbind(3)  # (B, T, group, pair, 2D) each
-        y = self.subln(y1 - self.lam() * y2) * (1 - self.lambda_init)
+        y = self.subln(y1 - self.lam(x) * y2) * (1 - self.lambda_init)
         return self.o_proj(y.flatten(2))
 
 
@@ -259,13 +261,14 @@ class DiffAttnV2(Attention):
     """
 
     q_per_head = 2
+    products = 4
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.lambda_proj = nn.Linear(config.n_embd, config.n_head, bias=False)
 
     def lam(self, x):
-        """sigmoid(lambda) for x (B, T, C) -> (B, T, n_head)."""
+        """The factor of the second map, sigmoid(lambda): x (B, T, C) -> (B, T, n_head)."""
         return torch.sigmoid(self.lambda_proj(x))
 
     def forward(self, x, rope):
@@ -337,8 +340,8 @@ class GPT(nn.Module):
         return self.rope_cos[:T], self.rope_sin[:T]
 
     def forward(self, idx, targets=None):
-        """idx (B, T) int64 -> logits (B, T, vocab_size), and the mean cross-entropy in nats against targets (B, T),
-        where -100 is ignored, or None without targets. Raises ValueError if T exceeds block_size."""
+        """idx (B, T) int64 -> logits (B, T, vocab_size) and None; with targets (B, T), detached logits and the mean
+        cross-entropy in nats, in which targets of -100 are ignored. Raises ValueError if T exceeds block_size."""
         rope = self.rope(idx.size(1))
         x = self.embed_tokens(idx)  # (B, T, C)
         for layer in self.layers:
@@ -351,11 +354,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def lambdas(self, idx):
-        """The lambda of every layer as a list of floats: V1's own, V2's sigmoid(lambda) averaged over the tokens of
-        idx (B, T) and over heads, none for vanilla."""
-        if self.config.attn == "vanilla":
+        """The factor of the second map in every layer, a list of floats: V1's lambda; V2's sigmoid(lambda), averaged
+        over heads and the tokens of idx (B, T). Empty for attention without one."""
+        if not hasattr(ATTENTION[self.config.attn], "lam"):
             return []
-        rope, x, means = self.rope(idx.size(1)), self.embed_tokens(idx), []
+        means = []
+        rope, x = self.rope(idx.size(1)), self.embed_tokens(idx)
         for layer in self.layers:
             means.append(layer.attn.lam(layer.attn_norm(x)).float().mean().item())
             x = layer(x, rope)
@@ -378,18 +382,17 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T=None):
         """Floating-point operations of one training token, forward and backward, in sequences of T (default
-        block_size): 6 for each weight in a matrix product, plus the attention, of which causality halves the work.
+        block_size): 6 for each weight in a matrix product and for each multiplication in the attention.
 
-        The attention counts what the algorithm multiplies, in units of n_head * D per token pair: vanilla 2 (scores and
-        values), V1 3 (its values are 2D wide), V2 4 (twice the heads). An implementation that pads V1's queries and
-        keys, or calls a kernel four times, executes 4; the padding is not counted.
+        The attention counts what the algorithm multiplies for every pair of tokens, in units of n_head * head_dim:
+        vanilla 2 (scores and values), V1 3 (its values are twice as wide), V2 4 (twice the heads). An implementation
+        that pads V1's queries and keys, or calls a kernel four times, executes 4; padding is not counted.
         """
         T, config = T or self.config.block_size, self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        products = {"vanilla": 2, "v1": 3, "v2": 4}[config.attn]
-        pairs = T / 2  # keys that a token sees on average
-        attention_macs = config.n_layer * products * config.n_head * config.head_dim * pairs
-        return 6 * weights + 6 * attention_macs
+        visible = T / 2  # keys a causal token sees on average
+        products = ATTENTION[config.attn].products * config.n_head * config.head_dim * visible
+        return 6 * (weights + config.n_layer * products)
 
 
 def sample_token(logits, temperature=1.0, top_k=None):

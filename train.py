@@ -10,6 +10,7 @@ The first part holds what every training script here shares; pretraining itself 
 import argparse
 import contextlib
 import csv
+import itertools
 import math
 import signal
 import statistics
@@ -33,7 +34,7 @@ from data.dataset import (
     sample_batch,
 )
 from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
-from model import ATTENTION_IMPLS, ATTENTION_KINDS, GPT, GPTConfig, pad_vocab
+from model import ATTENTION, ATTENTION_IMPLS, GPT, GPTConfig, pad_vocab
 
 # ---------------------------------------------------------------------------------------------------
 # Settings: one dataclass a script, every field a flag
@@ -49,7 +50,7 @@ class CommonSettings:
     """The flags that mean the same in every script."""
 
     preset: str = flag("auto", "defaults; auto: ldiff with CUDA, else tiny", choices=("auto", "tiny", "ldiff"))
-    attn: str = flag("v2", "attention mechanism", choices=ATTENTION_KINDS)
+    attn: str = flag("v2", "attention mechanism", choices=tuple(ATTENTION))
     dataset: str = flag("wikitext2", "folder in data/, or a path with a slash")
     source: str = flag("", "local file to prepare the data set from, instead of the hub")
     out_dir: str = flag("out/pretrain", "where checkpoints and log.csv go")
@@ -69,35 +70,31 @@ class CommonSettings:
     attn_impl: str = flag("auto", "attention kernel", choices=ATTENTION_IMPLS)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line, instead of the usage of forty flags before it."""
-        self.exit(2, f"error: {message}; --help lists the flags\n")
-
-
-def parse_flags(settings_class, description, argv=None):
-    """The flags that were given, as a dict; defaults are the business of the dataclass and its presets."""
-    parser = Parser(
+def parse_flags(settings_class, description, tiny, argv=None):
+    """The flags that were given, as a dict. `tiny` is only for the help: the defaults that the tiny preset changes."""
+    parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists the flags\n")  # without the usage
     for f in fields(settings_class):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         if f.metadata["choices"]:
             kind["choices"] = f.metadata["choices"]
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r})", **kind)
+        default = f"{f.default!r}; tiny: {tiny[f.name]!r}" if f.name in tiny else repr(f.default)
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {default})", **kind)
     given = vars(parser.parse_args(argv))
     for f in fields(settings_class):
         value, least = given.get(f.name), f.metadata["least"]
-        if f.type in (int, float) and value is not None and not least <= value < math.inf:  # NaN fails it too
-            parser.error(f"--{f.name} must be a number of at least {least}, not {value}")
+        if f.type in (int, float) and value is not None and not least <= value < 2**63:  # NaN fails it too
+            parser.error(f"--{f.name} {value} is out of range; the least is {least}")
     return given
 
 
 def choose_preset(given):
-    """The preset asked for; `auto` is resolved here, and says how."""
+    """The preset asked for; `auto` is resolved here, which says how."""
     if given.get("preset", "auto") != "auto":
         return given["preset"]
     preset, why = ("ldiff", "there is a CUDA GPU") if torch.cuda.is_available() else ("tiny", "there is no CUDA GPU")
@@ -114,8 +111,20 @@ def print_settings(settings):
 # Checkpoints: one dict of tensors and plain values
 
 
+def make_room(out_dir, resume):
+    """Make the folder for a run. An earlier run that is there, and is not resumed, moves aside rather than be lost."""
+    try:
+        if (out_dir / "ckpt.pt").exists() and not resume:
+            names = (out_dir.with_name(f"{out_dir.name}.{number}") for number in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            out_dir.rename(aside)
+            print(f"{out_dir} held an earlier run, which is now in {aside} (--resume would have continued it)")
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out_dir}: {error.strerror}") from error
+
+
 def save_checkpoint(path, **contents):
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         torch.save(contents, temporary)
 
@@ -176,9 +185,10 @@ def peak_flops(device):
 
 
 def choose_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not available here") from error
     torch.set_float32_matmul_precision("high")  # products that autocast leaves in float32 may use TF32
@@ -228,35 +238,36 @@ class Log:
     def __init__(self, path, last_step, tokens_per_step, flops_per_token, device):
         self.path, self.last_step, self.tokens_per_step, self.device = path, last_step, tokens_per_step, device
         self.flops_per_token, self.peak = flops_per_token, peak_flops(device)
-        self.rows, self.speeds, self.seconds = [], [], 0.0
+        self.rows, self.speeds, self.started = [], [], time.perf_counter()
 
     def open(self, done):
         """Begin log.csv, or keep its rows up to step `done`: an interrupted run repeats those after its checkpoint."""
         rows = []
         if done and self.path.exists():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= done]
+            with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
+                rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= done]
         with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        self.start_clock()
-
-    def start_clock(self):
         self.started = time.perf_counter()
 
-    def stop_clock(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds += time.perf_counter() - self.started
+    @contextlib.contextmanager
+    def paused(self):
+        """Stop the clock, once the GPU has done what it was given so far."""
+        synchronize(self.device)
+        paused = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused
 
     def add(self, **row):
         self.rows.append(row)
 
     def flush(self):
         """Write the rows added so far and print the last; raises UserError if a loss is not finite."""
-        self.stop_clock()
-        speed = len(self.rows) * self.tokens_per_step / self.seconds
+        synchronize(self.device)
+        now = time.perf_counter()
+        speed = len(self.rows) * self.tokens_per_step / (now - self.started)
         mfu = round(speed * self.flops_per_token / self.peak, 4) if self.peak else ""
         for row in self.rows:
             row.update(loss=float(row["loss"]), grad_norm=float(row["grad_norm"]), tokens_per_s=round(speed), mfu=mfu)
@@ -266,17 +277,30 @@ class Log:
         if bad := [row["step"] for row in self.rows if not math.isfinite(row["loss"])]:
             raise UserError(f"the loss of step {bad[0]} is not finite; a lower --learning_rate may help")
         self.speeds += [speed] * len(self.rows)
-        self.rows, self.seconds = [], 0.0
-        self.start_clock()
+        self.rows, self.started = [], now
 
     def _print(self, row, speed):
-        work = f"{row['mfu']:.1%} MFU" if self.peak else f"{speed * self.flops_per_token / 1e12:.3g} TFLOP/s"
-        left = (self.last_step - row["step"]) * self.tokens_per_step / speed
+        work = f"{row['mfu']:.1%} MFU" if self.peak else f"{si(speed * self.flops_per_token)}FLOP/s"
+        minutes, seconds = divmod(round((self.last_step - row["step"]) * self.tokens_per_step / speed), 60)
         print(
             f"step {row['step']:>5}/{self.last_step} | loss {row['loss']:.4f} | grad norm {row['grad_norm']:.3f} | "
-            f"lr {row['lr']:.2e} | {speed:,.0f} tokens/s | {work} | {left // 60:.0f}m{left % 60:02.0f}s left",
+            f"lr {row['lr']:.2e} | {si(speed)}tokens/s | {work} | {minutes}m{seconds:02}s left",
             flush=True,
         )
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def si(number):
+    """Three digits and a prefix: 158700000 -> "159 M"."""
+    for prefix in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} T"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -290,6 +314,7 @@ def stop_signals():
     received, previous = [], {}
 
     def receive(number, frame):
+        print("\nsaving after this step; once more quits at once", flush=True)
         received.append(signal.Signals(number))
         signal.signal(number, signal.SIG_DFL)
 
@@ -302,43 +327,40 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def fit(settings, done, optimizer, log, make_batch, loss_of, validate, save):
-    """Take the optimizer steps after step `done`.
+def fit(run, log):
+    """Take the optimizer steps from run.done + 1 to run.settings.max_steps. Beside its optimizer, `run` has the methods
 
     make_batch(step)    a tuple of tensors, one row a sequence
     loss_of(*rows)      the mean loss over some of these rows
-    validate(step)      the validation loss; called every eval_interval steps and after the last
-    save(step)          write a checkpoint; called every save_interval steps, after the last and on a signal
+    validate(step)      the validation loss and a line about it; every eval_interval steps and after the last
+    save(step)          write a checkpoint; every save_interval steps, after the last and on a signal
     """
-    log.open(done)
-    steps = range(done + 1, settings.max_steps + 1)
+    s = run.settings
+    log.open(run.done)
+    steps = range(run.done + 1, s.max_steps + 1)
     with stop_signals() as stop:
-        for step, batch in zip(steps, prefetch(make_batch, steps, log.device)):
-            lr = lr_at(step, settings)
-            loss, grad_norm = optimizer_step(optimizer, lr, loss_of, batch, settings.micro_batch_size)
+        for step, batch in zip(steps, prefetch(run.make_batch, steps, log.device)):
+            lr = lr_at(step, s)
+            loss, grad_norm = optimizer_step(run.optimizer, lr, run.loss_of, batch, s.micro_batch_size)
             log.add(step=step, lr=lr, loss=loss, grad_norm=grad_norm)
             last, stopping = step == steps[-1], bool(stop)  # a signal from here on waits for the next step
-            if last or step % settings.eval_interval == 0:
-                log.stop_clock()
-                log.rows[-1]["val_loss"] = validate(step)
-                log.start_clock()
-            saving = last or stopping or step % settings.save_interval == 0
-            if saving or step % settings.log_interval == 0 or step == steps[0]:
+            validating = last or step % s.eval_interval == 0
+            saving = last or stopping or step % s.save_interval == 0
+            if validating:
+                with log.paused():
+                    log.rows[-1]["val_loss"], line = run.validate(step)
+            if validating or saving or step % s.log_interval == 0 or step == steps[0]:
                 log.flush()  # before saving, so that log.csv holds every step that the checkpoint does
+            if validating:
+                print(line, flush=True)
             if saving:
-                save(step)
-                log.start_clock()
+                with log.paused():
+                    run.save(step)
             if stopping:
-                print(f"stopped by {stop[0].name} after step {step}, checkpoint saved; --resume goes on from there")
+                print(
+                    f"stopped after step {step}, checkpoint saved; --resume --out_dir {run.out_dir} goes on from there"
+                )
                 sys.exit(128 + stop[0])
-
-
-def micro_batch_size(settings):
-    """The largest micro-batch that is asked for; it must share out the batch evenly."""
-    size = min(settings.micro_batch_size, settings.batch_size)
-    if settings.batch_size % size:
-        raise UserError(f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {size}")
-    return size
 
 
 def optimizer_step(optimizer, lr, loss_of, batch, micro_batch_size, clip=1.0):
@@ -366,7 +388,7 @@ def optimizer_step(optimizer, lr, loss_of, batch, micro_batch_size, clip=1.0):
 class Settings(CommonSettings):
     """Pretraining. The defaults are the ldiff preset with DIFF V2."""
 
-    tokenizer: str = flag("gpt2", "for data prepared now; prepared data keeps its own", choices=TOKENIZERS)
+    tokenizer: str = flag("gpt2", "of the data set", choices=TOKENIZERS)
     block_size: int = flag(2048, "context length in tokens", least=1)
     n_layer: int = flag(12, "layers", least=1)
     n_embd: int = flag(768, "width", least=1)
@@ -387,33 +409,46 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-# Equal parameters: V2's second half of the queries is paid for with a narrower SwiGLU.
+# What depends on the attention. Equal parameters: V2's second half of the queries is paid for with a narrower SwiGLU.
 SHAPES = {
     ("ldiff", "vanilla"): dict(n_head=6, head_dim=128, n_inner=1920),
     ("ldiff", "v1"): dict(n_head=12, head_dim=64, n_inner=1920),
     ("ldiff", "v2"): dict(n_head=6, head_dim=128, n_inner=1664),
     ("tiny", "vanilla"): dict(n_head=3, head_dim=64, n_inner=512),
-    ("tiny", "v1"): dict(n_head=6, head_dim=32, n_inner=512),
+    ("tiny", "v1"): dict(n_head=12, head_dim=16, n_inner=512),
     ("tiny", "v2"): dict(n_head=3, head_dim=64, n_inner=448),
 }
 
 
 def choose_settings(given):
-    """Flags over preset over defaults; when resuming, flags over the settings of the run."""
+    """Flags over preset over defaults. A run to resume takes the preset's place with all its settings, a model to start
+    from with its shape."""
     if given.get("resume"):
         saved = load_checkpoint(Path(given.get("out_dir", Settings.out_dir)) / "ckpt.pt")["settings"]
-        return Settings(**{**saved, **given})
-    preset = choose_preset(given)
-    shape = SHAPES[preset, given.get("attn", Settings.attn)]
-    return Settings(**{**PRESETS[preset], **shape, **given, "preset": preset})
+        settings = Settings(**{**saved, "source": "", **given})  # the data are those of the run, as they are
+    else:
+        preset = choose_preset(given)
+        shape = SHAPES.get((preset, given.get("attn", Settings.attn)), {})
+        if given.get("init_from"):
+            saved = load_checkpoint(given["init_from"])["settings"]
+            shape = {name: saved[name] for name in SHAPE_FLAGS if name in saved}
+        settings = Settings(**{**PRESETS[preset], **shape, **given, "preset": preset})
+    settings.micro_batch_size = min(settings.micro_batch_size, settings.batch_size)
+    if settings.batch_size % settings.micro_batch_size:
+        raise UserError(
+            f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {settings.micro_batch_size}"
+        )
+    return settings
+
+
+SHAPE_FLAGS = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Settings)} - {"attn_impl"}
 
 
 def build_config(settings, vocab_size):
-    names = {f.name for f in fields(GPTConfig)}
-    shape = {name: value for name, value in asdict(settings).items() if name in names}
+    shape = {name: getattr(settings, name) for name in SHAPE_FLAGS}
     shape["n_kv_head"] = settings.n_kv_head or settings.n_head
     try:
-        return GPTConfig(**shape, vocab_size=pad_vocab(vocab_size))
+        return GPTConfig(**shape, vocab_size=pad_vocab(vocab_size), attn_impl=settings.attn_impl)
     except ValueError as error:
         raise UserError(error) from error
 
@@ -435,9 +470,13 @@ class Pretraining:
 
     def __init__(self, settings):
         self.settings, self.out_dir, self.device = settings, Path(settings.out_dir), choose_device(settings.device)
-        settings.micro_batch_size = micro_batch_size(settings)
         directory = prepared_directory(settings.dataset, settings.source, settings.tokenizer)
         self.meta = read_meta(directory)
+        if self.meta["tokenizer"] != settings.tokenizer:
+            raise UserError(
+                f"{directory} was prepared with --tokenizer {self.meta['tokenizer']}, not {settings.tokenizer}; "
+                "use that, or another --dataset name"
+            )
         self.train_tokens = open_tokens(directory, "train", self.meta, settings.block_size)
         val_tokens = open_tokens(directory, "val", self.meta, settings.block_size)
         self.val_batches = list(
@@ -465,16 +504,16 @@ class Pretraining:
             return self.compiled(inputs, targets)[1]
 
     def validate(self, step):
-        """The validation loss, printed with its perplexity and the lambdas; best.pt keeps the model with the lowest."""
+        """The validation loss and a line about it; best.pt keeps the model with the lowest."""
         loss = validation_loss(self.compiled, self.val_batches, self.device)
-        note = ""
+        line = f"validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}"
         if loss < self.best_val_loss:
-            self.best_val_loss, note = loss, ", the best so far"
+            self.best_val_loss = loss
             self.save(step, "best.pt")
+            line += ", the best so far"
         if lambdas := self.model.lambdas(self.val_batches[0][0][:1].to(self.device)):
-            note += "; lambda by layer " + " ".join(f"{value:.2f}" for value in lambdas)
-        print(f"step {step:>5}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}{note}", flush=True)
-        return loss
+            line += "; lambda by layer " + " ".join(f"{value:.2f}" for value in lambdas)
+        return loss, line
 
     def save(self, step, name="ckpt.pt"):
         contents = dict(
@@ -501,12 +540,11 @@ def pretrain(settings):
     if run.done >= settings.max_steps:
         print(f"the run in {run.out_dir} has its {settings.max_steps} steps; a higher --max_steps would add to it")
         return run
+    make_room(run.out_dir, settings.resume)
     tokens_per_step = settings.batch_size * settings.block_size
-    flops = run.model.flops_per_token()
-    run.out_dir.mkdir(parents=True, exist_ok=True)
-    log = Log(run.out_dir / "log.csv", settings.max_steps, tokens_per_step, flops, run.device)
+    log = Log(run.out_dir / "log.csv", settings.max_steps, tokens_per_step, run.model.flops_per_token(), run.device)
     started = time.perf_counter()
-    fit(settings, run.done, run.optimizer, log, run.make_batch, run.loss_of, run.validate, run.save)
+    fit(run, log)
     summarize(run, log, time.perf_counter() - started)
     return run
 
@@ -518,12 +556,13 @@ def describe(run):
     print(f"data: {meta['source']} ({counts} tokens, {meta['tokenizer']} tokenizer)")
     is_gpu = run.device.type == "cuda"
     machine = torch.cuda.get_device_name(run.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
-    flops = model.flops_per_token() / 1e9
-    print(f"model: {s.attn}, {model.num_params() / 1e6:.1f}M parameters, {flops:.3g} GFLOP a token, on {machine}")
+    print(
+        f"model: {s.attn}, {si(model.num_params())}parameters, {si(model.flops_per_token())}FLOP a token, on {machine}"
+    )
 
 
 def summarize(run, log, seconds):
-    text = f"done in {seconds / 60:.1f} minutes: {statistics.median(log.speeds):,.0f} tokens/s (median)"
+    text = f"done in {seconds / 60:.1f} minutes: {si(statistics.median(log.speeds))}tokens/s (median)"
     if log.peak:
         text += f", {statistics.median(log.speeds) * log.flops_per_token / log.peak:.1%} MFU"
     if run.device.type == "cuda":
@@ -533,7 +572,8 @@ def summarize(run, log, seconds):
 
 
 def main():
-    pretrain(choose_settings(parse_flags(Settings, __doc__)))
+    tiny = {**PRESETS["tiny"], **SHAPES["tiny", Settings.attn]}
+    pretrain(choose_settings(parse_flags(Settings, __doc__, tiny)))
 
 
 if __name__ == "__main__":

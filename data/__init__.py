@@ -8,9 +8,11 @@ class UserError(Exception):
 
 
 def run_script(main):
-    """Call main(); a UserError becomes its one line on stderr and exit code 2, without a traceback."""
+    """Call main() without tracebacks: a UserError is its one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -74,7 +74,7 @@ def prepare_text(directory, source, val, tokenizer, split_documents=lambda text:
         train, held_out = split_documents(text), split_documents(read_text(val))
     else:
         train, held_out = _hold_out(split_documents(text))
-    write_dataset(directory, {"train": train, "val": held_out}, tokenizer, source=str(source))
+    write_dataset(directory, {"train": train, "val": held_out}, tokenizer, source=str(Path(source).resolve()))
 
 
 def read_text(path):
@@ -135,7 +135,7 @@ def prepared_directory(name, source, tokenizer):
 def _is_prepared(meta, source):
     if not meta.exists() or not source:
         return meta.exists()
-    same = read_meta(meta.parent)["source"] == source
+    same = read_meta(meta.parent)["source"] == str(Path(source).resolve())
     return same and Path(source).exists() and Path(source).stat().st_mtime <= meta.stat().st_mtime
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from reference import REFERENCE
 
 import model as model_module
-from model import ATTENTION, ATTENTION_KINDS, GPT, GPTConfig, attention, pad_vocab, rope_table, sample_token
+from model import ATTENTION, GPT, GPTConfig, attention, pad_vocab, rope_table, sample_token
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_flash_attn = pytest.mark.skipif(model_module.flash_attn_func is None, reason="needs the flash-attn package")
@@ -42,7 +42,7 @@ def tiny_model(attn, heads="multi-head", **changes):
 
 @pytest.mark.parametrize("impl", ["naive", "sdpa"])
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+@pytest.mark.parametrize("attn", ATTENTION)
 def test_outputs_and_gradients_follow_the_equations(float64, attn, heads, impl):
     torch.manual_seed(1)
     config, layer, T = tiny_config(attn, heads, attn_impl=impl), 2, 11
@@ -131,7 +131,7 @@ def test_flash_attn_asked_for_but_missing(monkeypatch):
 
 
 @pytest.mark.parametrize("impl", ["naive", "sdpa"])
-@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+@pytest.mark.parametrize("attn", ATTENTION)
 def test_the_future_changes_nothing(attn, impl):
     model = tiny_model(attn, "grouped", attn_impl=impl)
     before, after = torch.randint(32, (1, 20)), None
@@ -143,7 +143,7 @@ def test_the_future_changes_nothing(attn, impl):
         assert not torch.equal(a[:, t:], b[:, t:])
 
 
-@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+@pytest.mark.parametrize("attn", ATTENTION)
 def test_loss_is_the_mean_over_targets_that_count(attn):
     model = tiny_model(attn)
     idx, targets = torch.randint(64, (2, 8)), torch.randint(64, (2, 8))
@@ -160,7 +160,7 @@ def test_context_too_long_is_refused():
         tiny_model("v2")(torch.zeros(1, 25, dtype=torch.long))
 
 
-@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+@pytest.mark.parametrize("attn", ATTENTION)
 def test_initialisation(attn):
     torch.manual_seed(0)
     model = GPT(tiny_config(attn, n_embd=128, n_inner=128, head_dim=32))
@@ -278,7 +278,7 @@ def test_gpu_kernels_in_bf16(H, K, G, D, Dv, impl):
 
 @needs_gpu
 @pytest.mark.parametrize("impl", ["sdpa", pytest.param("flash_attn", marks=needs_flash_attn)])
-@pytest.mark.parametrize("attn", ATTENTION_KINDS)
+@pytest.mark.parametrize("attn", ATTENTION)
 def test_gpu_model_compiles_into_one_graph(attn, impl):
     model = tiny_model(attn, "grouped", attn_impl=impl, head_dim=32).cuda()
     idx = torch.randint(64, (2, 24), device="cuda")

@@ -6,6 +6,7 @@ It needs no download: the language reference's topics (pydoc_data.topics) and th
 read from its source files without importing them. Another Python version has slightly other texts.
 """
 
+import argparse
 import ast
 import platform
 import random
@@ -66,5 +67,10 @@ def prepare(directory, source="", val="", tokenizer="bytes"):
     write_dataset(directory, {"train": train, "val": texts[::VAL_EVERY]}, tokenizer, source)
 
 
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    prepare(Path(__file__).parent)
+
+
 if __name__ == "__main__":
-    run_script(lambda: prepare(Path(__file__).parent))
+    run_script(main)

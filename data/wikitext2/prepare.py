@@ -7,7 +7,7 @@ python -m data.wikitext2.prepare --source train.txt --val valid.txt --out_dir da
 import argparse
 from pathlib import Path
 
-from data import run_script
+from data import UserError, run_script
 from data.dataset import load_from_hub, prepare_text, write_dataset
 from data.tokenizer import TOKENIZERS
 
@@ -38,7 +38,9 @@ def prepare(directory, source="", val="", tokenizer="gpt2"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--source", default="", help="local text file to train on, instead of the hub")
     parser.add_argument(
         "--val", default="", help="local text file to validate on (default: the last tenth of --source)"
@@ -46,6 +48,8 @@ def main():
     parser.add_argument("--tokenizer", default="gpt2", choices=TOKENIZERS)
     parser.add_argument("--out_dir", default=Path(__file__).parent, help="where to write (default: beside this file)")
     args = parser.parse_args()
+    if args.val and not args.source:
+        raise UserError("--val goes with --source")
     prepare(args.out_dir, args.source, args.val, args.tokenizer)
 
 
