@@ -339,11 +339,16 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
         return self.rope_cos[:T], self.rope_sin[:T]
 
+    def embed(self, idx):
+        """The start of the residual stream (B, T, C); under autocast in bf16, so that norms and sums move half as much."""
+        x = self.embed_tokens(idx)
+        kind = x.device.type
+        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
     def forward(self, idx, targets=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size) and None; with targets (B, T), detached logits and the mean
         cross-entropy in nats, in which targets of -100 are ignored. Raises ValueError if T exceeds block_size."""
-        rope = self.rope(idx.size(1))
-        x = self.embed_tokens(idx)  # (B, T, C)
+        rope, x = self.rope(idx.size(1)), self.embed(idx)
         for layer in self.layers:
             x = layer(x, rope)
         logits = self.lm_head(self.norm(x))
@@ -359,7 +364,7 @@ class GPT(nn.Module):
         if not hasattr(ATTENTION[self.config.attn], "lam"):
             return []
         means = []
-        rope, x = self.rope(idx.size(1)), self.embed_tokens(idx)
+        rope, x = self.rope(idx.size(1)), self.embed(idx)
         for layer in self.layers:
             means.append(layer.attn.lam(layer.attn_norm(x)).float().mean().item())
             x = layer(x, rope)

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import itertools
 import math
+import os
 import signal
 import statistics
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from data import UserError, run_script
+from data import Parser, UserError, run_script
 from data.dataset import (
     atomic_write,
     fixed_batches,
@@ -72,13 +73,7 @@ class CommonSettings:
 
 def parse_flags(settings_class, description, tiny, argv=None):
     """The flags that were given, as a dict. `tiny` is only for the help: the defaults that the tiny preset changes."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.error = lambda message: parser.exit(2, f"error: {message}; --help lists the flags\n")  # without the usage
+    parser = Parser(description, argument_default=argparse.SUPPRESS)
     for f in fields(settings_class):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         if f.metadata["choices"]:
@@ -111,15 +106,19 @@ def print_settings(settings):
 # Checkpoints: one dict of tensors and plain values
 
 
-def make_room(out_dir, resume):
-    """Make the folder for a run. An earlier run that is there, and is not resumed, moves aside rather than be lost."""
+RUN_FILES = ("ckpt.pt", "best.pt", "log.csv")
+
+
+def make_room(out_dir):
+    """Make the folder for a new run; the files of an earlier one there move aside rather than be lost."""
     try:
-        if (out_dir / "ckpt.pt").exists() and not resume:
-            names = (out_dir.with_name(f"{out_dir.name}.{number}") for number in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
-            out_dir.rename(aside)
-            print(f"{out_dir} held an earlier run, which is now in {aside} (--resume would have continued it)")
         out_dir.mkdir(parents=True, exist_ok=True)
+        if earlier := [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]:
+            aside = next(path for n in itertools.count(1) if not (path := out_dir / f"earlier-{n}").exists())
+            aside.mkdir()
+            for path in earlier:
+                path.rename(aside / path.name)
+            print(f"the run that {out_dir} held is now in {aside} (--resume would have continued it)")
     except OSError as error:
         raise UserError(f"cannot write to {out_dir}: {error.strerror}") from error
 
@@ -133,27 +132,28 @@ def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU; raises UserError if the file is missing, damaged or something else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "config", "settings", "step", "tokenizer"} - checkpoint.keys()
+        missing = [name for name in ("step", "data") if name not in checkpoint]
+        missing += [name for name in ("model", "config", "settings") if not isinstance(checkpoint.get(name), dict)]
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except Exception as error:  # zip, pickle, key, attribute and runtime errors: torch.load has none of its own
         raise UserError(f"{path} is damaged, or not a checkpoint ({type(error).__name__})") from error
     if missing:
-        raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(missing)}")
     return checkpoint
 
 
-def load_model(checkpoint, path, config):
+def load_model(checkpoint, config):
     """The model of a checkpoint, on the CPU; raises UserError unless it has the shape that `config` asks for."""
     for name, value in asdict(config).items():
         saved = checkpoint["config"].get(name)
-        if name != "attn_impl" and saved != value:
-            raise UserError(f"the model in {path} has {name} {saved}, but the settings say {value}")
+        if name not in ("attn_impl", "block_size") and saved != value:  # which no weight depends on
+            raise UserError(f"the checkpoint's model has {name} {saved}, but the settings say {value}")
     model = GPT(config)
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise UserError(f"the weights in {path} do not fit its config") from error
+        raise UserError("the checkpoint's weights do not fit its config") from error
     return model
 
 
@@ -189,6 +189,8 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(1, device=name).device
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not available here") from error
     torch.set_float32_matmul_precision("high")  # products that autocast leaves in float32 may use TF32
@@ -274,17 +276,18 @@ class Log:
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerows(self.rows)
         self._print(self.rows[-1], speed)
-        if bad := [row["step"] for row in self.rows if not math.isfinite(row["loss"])]:
-            raise UserError(f"the loss of step {bad[0]} is not finite; a lower --learning_rate may help")
+        for row in self.rows:
+            if not all(math.isfinite(row.get(name, 0)) for name in ("loss", "grad_norm", "val_loss")):
+                raise UserError(f"step {row['step']} gave a number that is not finite; try a lower --learning_rate")
         self.speeds += [speed] * len(self.rows)
         self.rows, self.started = [], now
 
     def _print(self, row, speed):
-        work = f"{row['mfu']:.1%} MFU" if self.peak else f"{si(speed * self.flops_per_token)}FLOP/s"
+        work = f"{row['mfu']:.1%} MFU" if self.peak else f"{si(speed * self.flops_per_token)} FLOP/s"
         minutes, seconds = divmod(round((self.last_step - row["step"]) * self.tokens_per_step / speed), 60)
         print(
             f"step {row['step']:>5}/{self.last_step} | loss {row['loss']:.4f} | grad norm {row['grad_norm']:.3f} | "
-            f"lr {row['lr']:.2e} | {si(speed)}tokens/s | {work} | {minutes}m{seconds:02}s left",
+            f"lr {row['lr']:.2e} | {si(speed)} tokens/s | {work} | {minutes}m{seconds:02}s left",
             flush=True,
         )
 
@@ -295,12 +298,12 @@ def synchronize(device):
 
 
 def si(number):
-    """Three digits and a prefix: 158700000 -> "159 M"."""
+    """A number in short: 158700000 -> "159M"."""
     for prefix in ("", "k", "M", "G"):
         if number < 999.5:
-            return f"{number:.3g} {prefix}"
+            return f"{number:.3g}{prefix}"
         number /= 1000
-    return f"{number:.3g} T"
+    return f"{number:.3g}T"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -314,7 +317,7 @@ def stop_signals():
     received, previous = [], {}
 
     def receive(number, frame):
-        print("\nsaving after this step; once more quits at once", flush=True)
+        os.write(1, b"\nsaving after this step; once more quits at once\n")  # print() may not be interrupted by itself
         received.append(signal.Signals(number))
         signal.signal(number, signal.SIG_DFL)
 
@@ -388,7 +391,7 @@ def optimizer_step(optimizer, lr, loss_of, batch, micro_batch_size, clip=1.0):
 class Settings(CommonSettings):
     """Pretraining. The defaults are the ldiff preset with DIFF V2."""
 
-    tokenizer: str = flag("gpt2", "of the data set", choices=TOKENIZERS)
+    tokenizer: str = flag("", "of the data set; new data have gpt2, or with the tiny preset bytes", choices=TOKENIZERS)
     block_size: int = flag(2048, "context length in tokens", least=1)
     n_layer: int = flag(12, "layers", least=1)
     n_embd: int = flag(768, "width", least=1)
@@ -404,7 +407,7 @@ class Settings(CommonSettings):
 PRESETS = {
     "ldiff": {},
     "tiny": dict(
-        dataset="tiny", tokenizer="bytes", block_size=256, n_layer=4, n_embd=192, max_steps=800, batch_size=4,
+        dataset="tiny", block_size=256, n_layer=4, n_embd=192, max_steps=800, batch_size=4,
         micro_batch_size=4, learning_rate=3e-3, warmup_steps=50, eval_windows=64,
     ),
 }  # fmt: skip
@@ -420,28 +423,36 @@ SHAPES = {
 }
 
 
+SHAPE_FLAGS = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Settings)} - {"attn_impl"}
+
+
 def choose_settings(given):
-    """Flags over preset over defaults. A run to resume takes the preset's place with all its settings, a model to start
-    from with its shape."""
+    """The settings, and the checkpoint to start from or None. Flags go over the preset, the preset over the defaults; a
+    run to resume puts its settings in the preset's place, a model to start from its shape."""
     if given.get("resume"):
-        saved = load_checkpoint(Path(given.get("out_dir", Settings.out_dir)) / "ckpt.pt")["settings"]
-        settings = Settings(**{**saved, "source": "", **given})  # the data are those of the run, as they are
-    else:
-        preset = choose_preset(given)
-        shape = SHAPES.get((preset, given.get("attn", Settings.attn)), {})
-        if given.get("init_from"):
-            saved = load_checkpoint(given["init_from"])["settings"]
-            shape = {name: saved[name] for name in SHAPE_FLAGS if name in saved}
-        settings = Settings(**{**PRESETS[preset], **shape, **given, "preset": preset})
+        if clash := {"preset", "init_from"} & given.keys():
+            raise UserError(f"--resume goes on with a run as it was begun; it does not go with --{clash.pop()}")
+        start = load_checkpoint(Path(given.get("out_dir", Settings.out_dir)) / "ckpt.pt")
+        saved = {f.name: start["settings"][f.name] for f in fields(Settings) if f.name in start["settings"]}
+        return Settings(**{**saved, "source": "", **given}), start  # the data were prepared when the run began
+    preset = choose_preset(given)
+    start = load_checkpoint(given["init_from"]) if given.get("init_from") else None
+    shape = SHAPES.get((preset, given.get("attn", Settings.attn)), {})
+    if start:
+        shape = {name: start["settings"][name] for name in SHAPE_FLAGS if name in start["settings"]}
+    return Settings(**{**PRESETS[preset], **shape, **given, "preset": preset}), start
+
+
+def check_settings(settings, device):
     settings.micro_batch_size = min(settings.micro_batch_size, settings.batch_size)
     if settings.batch_size % settings.micro_batch_size:
         raise UserError(
             f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {settings.micro_batch_size}"
         )
-    return settings
-
-
-SHAPE_FLAGS = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Settings)} - {"attn_impl"}
+    if settings.attn_impl == "flash_attn" and device.type != "cuda":
+        raise UserError(f"--attn_impl flash_attn needs a CUDA GPU, and the device is {device}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("training takes one process for now; run it without torchrun")
 
 
 def build_config(settings, vocab_size):
@@ -466,34 +477,46 @@ def validation_loss(model, batches, device):
 
 
 class Pretraining:
-    """A run: its data, model and optimizer, and what the training loop asks of it."""
+    """A run: its data, model and optimizer, and what the training loop asks of it. `start` is the checkpoint to resume,
+    or to take the model from."""
 
-    def __init__(self, settings):
+    def __init__(self, settings, start=None):
         self.settings, self.out_dir, self.device = settings, Path(settings.out_dir), choose_device(settings.device)
-        directory = prepared_directory(settings.dataset, settings.source, settings.tokenizer)
-        self.meta = read_meta(directory)
-        if self.meta["tokenizer"] != settings.tokenizer:
-            raise UserError(
-                f"{directory} was prepared with --tokenizer {self.meta['tokenizer']}, not {settings.tokenizer}; "
-                "use that, or another --dataset name"
-            )
-        self.train_tokens = open_tokens(directory, "train", self.meta, settings.block_size)
-        val_tokens = open_tokens(directory, "val", self.meta, settings.block_size)
-        self.val_batches = list(
-            fixed_batches(val_tokens, settings.block_size, settings.micro_batch_size, settings.eval_windows)
-        )
+        check_settings(settings, self.device)
+        self.load_data()
         torch.manual_seed(settings.seed)
-        path = self.out_dir / "ckpt.pt" if settings.resume else settings.init_from
-        checkpoint = load_checkpoint(path) if path else None
-        config = build_config(settings, self.meta["vocab_size"])
-        self.model = (load_model(checkpoint, path, config) if path else GPT(config)).to(self.device)
+        config = build_config(settings, self.encoding.n_vocab)
+        self.model = (load_model(start, config) if start else GPT(config)).to(self.device)
         self.compiled = maybe_compile(self.model, settings.compile, self.device)
         self.optimizer = make_optimizer(self.model, settings.weight_decay)
         self.done, self.best_val_loss = 0, math.inf
         if settings.resume:
+            self.restore(start)
+
+    def load_data(self):
+        s = self.settings
+        new = "bytes" if s.preset == "tiny" else "gpt2"
+        directory = prepared_directory(s.dataset, s.source, s.tokenizer or new)
+        self.meta = read_meta(directory)
+        if s.tokenizer not in ("", self.meta["tokenizer"]):
+            raise UserError(f"{directory} was prepared with --tokenizer {self.meta['tokenizer']}, not {s.tokenizer}")
+        s.tokenizer = self.meta["tokenizer"]
+        self.encoding = get_tokenizer(s.tokenizer)
+        self.train_tokens = open_tokens(directory, "train", self.meta, s.block_size)
+        val_tokens = open_tokens(directory, "val", self.meta, s.block_size)
+        self.val_batches = list(fixed_batches(val_tokens, s.block_size, s.micro_batch_size, s.eval_windows))
+
+    def restore(self, checkpoint):
+        """Go on where a run was: optimizer, random numbers, and the same data."""
+        if checkpoint["data"] != self.meta:
+            raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
+        try:
             self.done, self.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             set_rng_state(checkpoint["rng"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.out_dir / 'ckpt.pt'} is no checkpoint to resume from") from error
+        self.optimizer.param_groups[0]["weight_decay"] = self.settings.weight_decay
 
     def make_batch(self, step):
         s = self.settings
@@ -506,19 +529,21 @@ class Pretraining:
     def validate(self, step):
         """The validation loss and a line about it; best.pt keeps the model with the lowest."""
         loss = validation_loss(self.compiled, self.val_batches, self.device)
-        line = f"validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}"
+        line = f"    validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
         if loss < self.best_val_loss:
             self.best_val_loss = loss
             self.save(step, "best.pt")
             line += ", the best so far"
-        if lambdas := self.model.lambdas(self.val_batches[0][0][:1].to(self.device)):
+        with autocast(self.device):
+            lambdas = self.model.lambdas(self.val_batches[0][0][:1].to(self.device))
+        if lambdas:
             line += "; lambda by layer " + " ".join(f"{value:.2f}" for value in lambdas)
         return loss, line
 
     def save(self, step, name="ckpt.pt"):
         contents = dict(
             model=self.model.state_dict(), config=asdict(self.model.config), settings=asdict(self.settings),
-            tokenizer=self.meta["tokenizer"], step=step, best_val_loss=self.best_val_loss,
+            data=self.meta, step=step, best_val_loss=self.best_val_loss,
         )  # fmt: skip
         if name == "ckpt.pt":  # the one to resume from
             contents |= dict(optimizer=self.optimizer.state_dict(), rng=rng_state())
@@ -526,21 +551,22 @@ class Pretraining:
 
     def sample(self, max_new_tokens=256):
         """Some text by the model, begun from nothing."""
-        encoding = get_tokenizer(self.meta["tokenizer"])
+        encoding = self.encoding
         start = torch.tensor([[encoding.encode_single_token(END_OF_TEXT)]], device=self.device)
         with autocast(self.device):
             ids = self.model.generate(start, max_new_tokens, temperature=0.8, top_k=50, n_vocab=encoding.n_vocab)
         return encoding.decode(ids[0, 1:].tolist(), errors="replace")
 
 
-def pretrain(settings):
-    """Run the whole of it and return the finished Pretraining."""
-    run = Pretraining(settings)
+def pretrain(settings, start=None):
+    """The whole run, from the data to a sample of text; returns the finished Pretraining."""
+    run = Pretraining(settings, start)
     describe(run)
     if run.done >= settings.max_steps:
         print(f"the run in {run.out_dir} has its {settings.max_steps} steps; a higher --max_steps would add to it")
         return run
-    make_room(run.out_dir, settings.resume)
+    if not settings.resume:
+        make_room(run.out_dir)
     tokens_per_step = settings.batch_size * settings.block_size
     log = Log(run.out_dir / "log.csv", settings.max_steps, tokens_per_step, run.model.flops_per_token(), run.device)
     started = time.perf_counter()
@@ -556,13 +582,12 @@ def describe(run):
     print(f"data: {meta['source']} ({counts} tokens, {meta['tokenizer']} tokenizer)")
     is_gpu = run.device.type == "cuda"
     machine = torch.cuda.get_device_name(run.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"model: {s.attn}, {si(model.num_params())}parameters, {si(model.flops_per_token())}FLOP a token, on {machine}"
-    )
+    parameters, flops = si(model.num_params()), si(model.flops_per_token())
+    print(f"model: {s.attn}, {parameters} parameters, {flops} FLOPs a token, on {machine}")
 
 
 def summarize(run, log, seconds):
-    text = f"done in {seconds / 60:.1f} minutes: {si(statistics.median(log.speeds))}tokens/s (median)"
+    text = f"done in {seconds / 60:.1f} minutes: {si(statistics.median(log.speeds))} tokens/s (median)"
     if log.peak:
         text += f", {statistics.median(log.speeds) * log.flops_per_token / log.peak:.1%} MFU"
     if run.device.type == "cuda":
@@ -573,7 +598,7 @@ def summarize(run, log, seconds):
 
 def main():
     tiny = {**PRESETS["tiny"], **SHAPES["tiny", Settings.attn]}
-    pretrain(choose_settings(parse_flags(Settings, __doc__, tiny)))
+    pretrain(*choose_settings(parse_flags(Settings, __doc__, tiny)))
 
 
 if __name__ == "__main__":

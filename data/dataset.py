@@ -28,9 +28,11 @@ HELD_OUT = 0.1  # share of the text that becomes val.bin where no validation tex
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary path beside `path` and rename it at the end, so that `path` is never seen half written."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # a power cut must not leave the new name on missing data
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -70,11 +72,9 @@ def _token_type(vocab_size):
 def prepare_text(directory, source, val, tokenizer, split_documents=lambda text: [text]):
     """Prepare a text file of one's own; without `val`, a file of validation text, the end of `source` is held out."""
     text = read_text(source)
-    if val:
-        train, held_out = split_documents(text), split_documents(read_text(val))
-    else:
-        train, held_out = _hold_out(split_documents(text))
-    write_dataset(directory, {"train": train, "val": held_out}, tokenizer, source=str(Path(source).resolve()))
+    train, held_out = (text, read_text(val)) if val else _hold_out(text)
+    documents = {"train": split_documents(train), "val": split_documents(held_out)}
+    write_dataset(directory, documents, tokenizer, source=str(Path(source).resolve()))
 
 
 def read_text(path):
@@ -89,14 +89,11 @@ def read_text(path):
     return text
 
 
-def _hold_out(documents):
-    if len(documents) > 1:
-        cut = min(len(documents) - 1, round(len(documents) * (1 - HELD_OUT)))
-        return documents[:cut], documents[cut:]
-    text = documents[0]
+def _hold_out(text):
+    """Cut off the last HELD_OUT of a text, at the end of a line if there is one."""
     start = round(len(text) * (1 - HELD_OUT))
-    cut = text.find("\n", start) + 1 or start  # at the end of a line, if there is one
-    return [text[:cut]], [text[cut:]]
+    cut = text.find("\n", start, -1) + 1 or start
+    return text[:cut], text[cut:]
 
 
 def load_from_hub(path, **options):
@@ -124,7 +121,7 @@ def prepared_directory(name, source, tokenizer):
     directory = Path(name) if "/" in name else Path(__file__).parent / name
     if _is_prepared(directory / "meta.json", source):
         return directory
-    has_own = (Path(__file__).parent / name / "prepare.py").exists()
+    has_own = "/" not in name and (directory / "prepare.py").exists()
     if not has_own and not source:
         raise UserError(f"there is no data set {name}; --dataset {name} --source FILE makes one from a text file")
     module = importlib.import_module(f"data.{name if has_own else 'wikitext2'}.prepare")
@@ -144,7 +141,10 @@ def read_meta(directory):
     path = Path(directory) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        return {key: meta[key] for key in ("tokenizer", "vocab_size", "tokens", "source")}
+        meta = {key: meta[key] for key in ("tokenizer", "vocab_size", "tokens", "source")}
+        if not isinstance(meta["vocab_size"], int) or not isinstance(meta["tokens"], dict):
+            raise TypeError
+        return meta
     except OSError as error:
         raise UserError(f"{directory} is not a prepared data set: {path} cannot be read") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from reference import REFERENCE
 
 import model as model_module
-from model import ATTENTION, GPT, GPTConfig, attention, pad_vocab, rope_table, sample_token
+from model import ATTENTION, GPT, GPTConfig, RMSNorm, attention, pad_vocab, rope_table, sample_token
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_flash_attn = pytest.mark.skipif(model_module.flash_attn_func is None, reason="needs the flash-attn package")
@@ -70,9 +70,38 @@ def test_outputs_and_gradients_follow_the_equations(float64, attn, heads, impl):
 
 
 def test_lambda_init_counts_layers_from_zero():
-    layers = [ATTENTION["v1"](tiny_config("v1"), layer) for layer in range(3)]
+    layers = [layer.attn for layer in tiny_model("v1").layers]
     assert layers[0].lambda_init == pytest.approx(0.2)
     assert layers[2].lambda_init == pytest.approx(0.8 - 0.6 * math.exp(-0.6))
+
+
+def test_norm_computes_in_float32():
+    norm = RMSNorm(64, eps=1e-5)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(10, 64).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    assert norm(x).dtype == torch.bfloat16
+    assert torch.equal(norm(x), exact.bfloat16())  # rounded once, at the end
+
+
+def test_whole_model_follows_the_equations(float64):
+    """The block around the attention: x + attn(norm(x)), x + down(silu(gate) * up), norm, output layer."""
+    model = tiny_model("v2")
+    config, p = model.config, dict(model.named_parameters())
+    idx = torch.randint(64, (2, 9))
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p[name + ".weight"]
+
+    x = p["embed_tokens.weight"][idx]
+    for i in range(config.n_layer):
+        weights = {n.split(".")[3]: w for n, w in p.items() if n.startswith(f"layers.{i}.attn.")}
+        args = (config.n_head, config.n_kv_head, config.head_dim, config.rope_theta, i)
+        x = x + REFERENCE["v2"](norm(x, f"layers.{i}.attn_norm"), weights, *args)
+        y = norm(x, f"layers.{i}.mlp_norm")
+        gate, up = (y @ p[f"layers.{i}.mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+        x = x + (gate / (1 + (-gate).exp()) * up) @ p[f"layers.{i}.mlp.down_proj.weight"].T
+    torch.testing.assert_close(model(idx)[0], norm(x, "norm") @ p["lm_head.weight"].T, rtol=1e-10, atol=1e-10)
 
 
 def test_lambdas_can_be_read_back():

@@ -8,19 +8,25 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
 import train
-from data import UserError, run_script
+from data import UserError
 from data.dataset import write_dataset
 from model import ATTENTION, GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--preset", "tiny", "--block_size", "16", "--n_layer", "2", "--n_embd", "32", "--n_inner", "48"]
+SMALL = ["--block_size", "16", "--n_layer", "2", "--n_embd", "32", "--n_inner", "48"]
 SMALL += ["--n_head", "2", "--head_dim", "16", "--batch_size", "4", "--max_steps", "8", "--device", "cpu"]
 SMALL += ["--eval_interval", "4", "--save_interval", "3", "--log_interval", "2", "--warmup_steps", "3"]
+
+
+def settings_of(*flags):
+    """The settings that these flags amount to, and the checkpoint to start from."""
+    return train.choose_settings(train.parse_flags(train.Settings, "", {}, [str(flag) for flag in flags]))
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +42,9 @@ def run(dataset, tmp_path):
     """Calls train.py in this process, in a folder of its own."""
 
     def call(*flags, out="run"):
-        arguments = [*SMALL, "--dataset", str(dataset), "--out_dir", str(tmp_path / out), *map(str, flags)]
-        train.pretrain(train.choose_settings(train.parse_flags(train.Settings, "", {}, arguments)))
+        preset = [] if "--resume" in flags else ["--preset", "tiny"]
+        arguments = [*preset, *SMALL, "--dataset", dataset, "--out_dir", tmp_path / out, *flags]
+        train.pretrain(*settings_of(*arguments))
         return tmp_path / out
 
     return call
@@ -120,6 +127,56 @@ def test_peak_of_the_gpu_by_its_name(monkeypatch):
     assert train.peak_flops(torch.device("cpu")) is None
 
 
+def test_defaults_are_the_recipe():
+    s, _ = settings_of("--preset", "ldiff")
+    assert (s.learning_rate, s.warmup_steps, s.weight_decay, s.block_size, s.max_steps) == (6e-4, 200, 0.1, 2048, 1000)
+    assert (s.dataset, s.n_layer, s.n_embd) == ("wikitext2", 12, 768)
+
+
+@pytest.mark.parametrize("attn", ATTENTION)
+def test_recipe_has_159_million_parameters(attn):
+    s, _ = settings_of("--preset", "ldiff", "--attn", attn)
+    with torch.device("meta"):
+        model = GPT(train.build_config(s, vocab_size=50259))
+    assert model.config.vocab_size == 50304
+    assert model.num_params() / 1e6 == pytest.approx(158.7, abs=0.05)
+
+
+def test_validation_loss_weighs_batches_by_their_tokens():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=8, head_dim=4, n_inner=8, vocab_size=64))
+    torch.nn.init.normal_(model.lm_head.weight)
+    inputs, targets = torch.randint(64, (5, 6)), torch.randint(64, (5, 6))
+    cut = targets.clone()
+    cut[3:] = -100
+    cut = [(inputs[:2], cut[:2]), (inputs[2:], cut[2:])]  # 12 tokens, then 6
+    expected = model(inputs[:3], targets[:3])[1].item()
+    assert train.validation_loss(model, cut, torch.device("cpu")) == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_is_on_validation_data(run):
+    out = run("--max_steps", 1)
+    settings, start = settings_of("--resume", "--out_dir", out)
+    again = train.Pretraining(settings, start)
+    tokens = np.fromfile(Path(settings.dataset) / "val.bin", np.uint16)
+    first = torch.cat([inputs for inputs, _ in again.val_batches])[0]
+    assert first.tolist() == tokens[:16].tolist()
+    assert again.make_batch(3)[0].shape == (4, 16)
+    assert float(log_of(out, "val_loss")[0][0]) == pytest.approx(
+        train.validation_loss(again.model, again.val_batches, again.device), rel=1e-6
+    )
+
+
+def test_the_clock_leaves_out_what_is_paused(tmp_path):
+    log = train.Log(tmp_path / "log.csv", 1, 1000, 1.0, torch.device("cpu"))
+    log.open(0)
+    with log.paused():
+        time.sleep(0.5)
+    log.add(step=1, loss=1.0, grad_norm=1.0, lr=1.0)
+    log.flush()
+    assert float(log_of(tmp_path, "tokens_per_s")[0][0]) > 1000 / 0.4
+
+
 # ------------------------------------------------------------------------------------- whole runs
 
 
@@ -148,25 +205,25 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(run, attn, monkeypatch):
     class Killed(BaseException):
         pass
 
-    original = train.optimizer_step
+    step, calls = train.optimizer_step, []
 
-    def killed_at_step_6(*args, **options):
-        if killed_at_step_6.calls == 5:
+    def killed_at_step_8(*args, **options):
+        calls.append(1)
+        if len(calls) == 8:
             raise Killed
-        killed_at_step_6.calls += 1
-        return original(*args, **options)
+        return step(*args, **options)
 
-    killed_at_step_6.calls = 0
-    monkeypatch.setattr(train, "optimizer_step", killed_at_step_6)
+    monkeypatch.setattr(train, "optimizer_step", killed_at_step_8)
     with pytest.raises(Killed):
-        run("--attn", attn, "--micro_batch_size", 2, out="cut")
-    monkeypatch.setattr(train, "optimizer_step", original)
+        run("--attn", attn, "--micro_batch_size", 2, "--log_interval", 1, out="cut")
+    monkeypatch.setattr(train, "optimizer_step", step)
     cut = whole.parent / "cut"
-    assert torch.load(cut / "ckpt.pt", weights_only=True)["step"] == 3
-    assert len(log_of(cut, "step")) > 3  # logged beyond the checkpoint
-    resumed = train.choose_settings(train.parse_flags(train.Settings, "", {}, ["--resume", "--out_dir", str(cut)]))
-    assert resumed.attn == attn and resumed.n_embd == 32  # as in the run
-    train.pretrain(resumed)
+    saved = torch.load(cut / "ckpt.pt", weights_only=True)
+    assert saved["step"] == 6 and saved["best_val_loss"] == float(log_of(whole, "val_loss")[3][0])
+    assert len(log_of(cut, "step")) == 7  # logged beyond the checkpoint
+    settings, start = settings_of("--resume", "--out_dir", cut)
+    assert settings.attn == attn and settings.n_embd == 32  # as in the run
+    train.pretrain(settings, start)
 
     columns = ("step", "loss", "grad_norm", "lr", "val_loss")
     assert log_of(cut, *columns) == log_of(whole, *columns)
@@ -195,19 +252,20 @@ def test_init_from_a_checkpoint(run):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_init_from_takes_the_shape_of_the_checkpoint(dataset, run, tmp_path):
+def test_init_from_takes_the_shape_of_the_checkpoint(run):
     first = run("--attn", "v1")
-    flags = ["--preset", "tiny", "--attn", "v1", "--init_from", str(first / "best.pt"), "--dataset", str(dataset)]
-    settings = train.choose_settings(train.parse_flags(train.Settings, "", {}, flags))
+    settings, _ = settings_of("--preset", "tiny", "--attn", "v1", "--init_from", first / "best.pt")
     assert (settings.n_embd, settings.n_layer, settings.block_size) == (32, 2, 16)
 
 
 def test_an_earlier_run_moves_aside(run, capsys):
-    first = run("--max_steps", 2)
-    again = run("--max_steps", 3)
-    assert again == first and len(log_of(again, "step")) == 3
-    assert len(log_of(first.with_name("run.1"), "step")) == 2
-    assert "held an earlier run" in capsys.readouterr().out
+    out = run("--max_steps", 2)
+    (out / "notes.txt").write_text("mine")
+    for steps in (3, 4):
+        run("--max_steps", steps)
+    assert [len(log_of(folder, "step")) for folder in (out / "earlier-1", out / "earlier-2", out)] == [2, 3, 4]
+    assert sorted(path.name for path in (out / "earlier-1").iterdir()) == ["best.pt", "ckpt.pt", "log.csv"]
+    assert (out / "notes.txt").exists() and "is now in" in capsys.readouterr().out
 
 
 def test_torn_last_row_of_the_log(run):
@@ -228,10 +286,21 @@ def test_resume_of_a_finished_run_says_so(run, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_leave(dataset, tmp_path, number):
-    command = [sys.executable, "train.py", *SMALL, "--dataset", str(dataset), "--out_dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "train.py",
+        "--preset",
+        "tiny",
+        *SMALL,
+        "--dataset",
+        str(dataset),
+        "--out_dir",
+        str(tmp_path),
+    ]
     process = subprocess.Popen([*command, "--max_steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while "step    20" not in process.stdout.readline():
-        pass
+    for line in process.stdout:
+        if "step    20" in line:
+            break
     process.send_signal(number)
     started, rest = time.time(), process.stdout.read()
     assert process.wait(timeout=20) == 128 + number and time.time() - started < 20
@@ -274,9 +343,12 @@ def test_wrong_flags(flags, message, capsys):
      (["--dataset", "nosuch"], "there is no data set nosuch"),
      (["--tokenizer", "gpt2"], "was prepared with --tokenizer bytes, not gpt2"),
      (["--out_dir", "/dev/null/run"], "cannot write to /dev/null/run: Not a directory"),
+     (["--dataset", "/no/such"], "there is no data set /no/such"),
+     (["--resume", "--init_from", "x"], "--resume goes on with a run as it was begun"),
+     (["--device", "meta"], "--device meta is not available"),
      (["--init_from", "nosuch.pt"], "there is no checkpoint nosuch.pt"),
      (["--resume"], "there is no checkpoint"),
-     (["--attn_impl", "flash_attn"], "flash_attn needs")],
+     (["--attn_impl", "flash_attn"], "flash_attn needs a CUDA GPU")],
 )  # fmt: skip
 def test_impossible_settings(run, flags, message):
     with pytest.raises(UserError, match=message):
@@ -316,19 +388,40 @@ def test_checkpoints_of_another_shape(run):
             run("--resume", *flags)
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(capsys):
-    def mistake():
-        raise UserError("that won't do")
+def test_checkpoints_that_cannot_be_resumed(run, dataset, tmp_path):
+    out = run()
+    good = torch.load(out / "ckpt.pt", weights_only=True)
+    for change in (dict(optimizer={}), dict(optimizer=None), dict(settings=3), dict(rng=None), dict(data={})):
+        torch.save(good | change, out / "ckpt.pt")
+        with pytest.raises(UserError, match="no checkpoint|not the one that the run began with"):
+            run("--resume", "--max_steps", 10)
+    torch.save(good | {"settings": good["settings"] | {"of_a_later_version": 1}}, out / "ckpt.pt")
+    run("--resume", "--max_steps", 9, "--weight_decay", 0.5)
+    assert torch.load(out / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
-    with pytest.raises(SystemExit) as exit:
-        run_script(mistake)
-    assert exit.value.code == 2
-    assert capsys.readouterr().err == "error: that won't do\n"
+
+def test_torchrun_is_refused(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process for now"):
+        run()
 
 
-def test_loss_that_is_not_finite_stops_the_run(run):
-    with pytest.raises(UserError, match="loss of step . is not finite"):
-        run("--learning_rate", 1e18, "--warmup_steps", 0)
+def test_a_mistake_is_one_line_and_exit_code_2():
+    for command in (
+        "train.py --init_from nosuch.pt",
+        "-m data.wikitext2.prepare --source nosuch.txt",
+        "-m data.wikitext2.prepare --val nosuch.txt",
+        "-m data.tiny.prepare --x",
+    ):
+        result = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_numbers_that_are_not_finite_stop_the_run(run, steps):
+    with pytest.raises(UserError, match="step . gave a number that is not finite"):
+        run("--learning_rate", 1e18, "--warmup_steps", 0, "--max_steps", steps)
 
 
 def test_help_lists_every_flag(capsys):

@@ -6,7 +6,6 @@ It needs no download: the language reference's topics (pydoc_data.topics) and th
 read from its source files without importing them. Another Python version has slightly other texts.
 """
 
-import argparse
 import ast
 import platform
 import random
@@ -14,7 +13,7 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-from data import UserError, run_script
+from data import Parser, UserError, run_script
 from data.dataset import write_dataset
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
@@ -68,7 +67,7 @@ def prepare(directory, source="", val="", tokenizer="bytes"):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    Parser(__doc__).parse_args()
     prepare(Path(__file__).parent)
 
 

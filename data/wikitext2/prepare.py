@@ -4,10 +4,9 @@ python -m data.wikitext2.prepare
 python -m data.wikitext2.prepare --source train.txt --val valid.txt --out_dir data/mine
 """
 
-import argparse
 from pathlib import Path
 
-from data import UserError, run_script
+from data import Parser, UserError, run_script
 from data.dataset import load_from_hub, prepare_text, write_dataset
 from data.tokenizer import TOKENIZERS
 
@@ -38,9 +37,7 @@ def prepare(directory, source="", val="", tokenizer="gpt2"):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--source", default="", help="local text file to train on, instead of the hub")
     parser.add_argument(
         "--val", default="", help="local text file to validate on (default: the last tenth of --source)"
