@@ -340,7 +340,7 @@ class GPT(nn.Module):
         return self.rope_cos[:T], self.rope_sin[:T]
 
     def embed(self, idx):
-        """The start of the residual stream (B, T, C); under autocast in bf16, so that norms and sums move half as much."""
+        """The start of the residual stream (B, T, C). Under autocast it is bf16: norms and sums move half the bytes."""
         x = self.embed_tokens(idx)
         kind = x.device.type
         return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
