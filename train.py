@@ -189,11 +189,12 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(1, device=name).device
-        if device.type not in ("cpu", "cuda", "mps"):
+        if device.type not in ("cpu", "cuda"):
             raise RuntimeError
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not available here") from error
-    torch.set_float32_matmul_precision("high")  # products that autocast leaves in float32 may use TF32
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # products that autocast leaves in float32 may use TF32
     return device
 
 
@@ -360,9 +361,7 @@ def fit(run, log):
                 with log.paused():
                     run.save(step)
             if stopping:
-                print(
-                    f"stopped after step {step}, checkpoint saved; --resume --out_dir {run.out_dir} goes on from there"
-                )
+                print(f"stopped after step {step}; --resume --out_dir {run.out_dir} goes on from the checkpoint")
                 sys.exit(128 + stop[0])
 
 
@@ -395,7 +394,7 @@ class Settings(CommonSettings):
     block_size: int = flag(2048, "context length in tokens", least=1)
     n_layer: int = flag(12, "layers", least=1)
     n_embd: int = flag(768, "width", least=1)
-    n_head: int = flag(6, "heads of the Transformer being compared with", least=1)
+    n_head: int = flag(6, "heads; n_head * head_dim is the width of the attention", least=1)
     n_kv_head: int = flag(0, "key and value heads; 0: as many as n_head", least=0)
     head_dim: int = flag(128, "width of a head", least=2)
     n_inner: int = flag(1664, "width of the SwiGLU", least=1)

@@ -276,6 +276,24 @@ def test_torn_last_row_of_the_log(run):
     assert log_of(out, "step") == [(str(step),) for step in range(1, 6)]
 
 
+def test_resume_does_without_the_source(run, tmp_path):
+    (tmp_path / "my.txt").write_text("some lines of text\n" * 100)
+    own = ["--dataset", tmp_path / "own"]
+    out = run(*own, "--source", tmp_path / "my.txt")
+    (tmp_path / "my.txt").unlink()
+    run("--resume", *own, "--max_steps", 9)
+    assert len(log_of(out, "step")) == 9
+
+
+def test_resume_refuses_other_data(run, tmp_path):
+    text, own = tmp_path / "my.txt", ["--dataset", tmp_path / "own"]
+    text.write_text("some lines of text\n" * 100)
+    run(*own, "--source", text)
+    text.write_text("more lines of text\n" * 200)
+    with pytest.raises(UserError, match="not the one that the run began with"):
+        run("--resume", *own, "--source", text, "--max_steps", 9)
+
+
 def test_resume_of_a_finished_run_says_so(run, capsys):
     run()
     run("--resume")
@@ -391,6 +409,7 @@ def test_checkpoints_of_another_shape(run):
 def test_checkpoints_that_cannot_be_resumed(run, dataset, tmp_path):
     out = run()
     good = torch.load(out / "ckpt.pt", weights_only=True)
+    assert good["optimizer"]["param_groups"][0]["weight_decay"] == 0.1
     for change in (dict(optimizer={}), dict(optimizer=None), dict(settings=3), dict(rng=None), dict(data={})):
         torch.save(good | change, out / "ckpt.pt")
         with pytest.raises(UserError, match="no checkpoint|not the one that the run began with"):
