@@ -1,10 +1,8 @@
 """Pretrain a language model, plain or Differential Transformer.
 
-    python train.py                              # on a GPU the full recipe, elsewhere a small model on small data
-    python train.py --attn v1 --max_steps 500    # every setting is a flag
-    python train.py --resume                     # go on after an interruption, as if there had been none
-
-The first part holds what every training script here shares; pretraining itself is the last part.
+python train.py                              # on a GPU the full recipe, elsewhere a small model on small data
+python train.py --attn v1 --max_steps 500    # every setting is a flag
+python train.py --resume                     # go on after an interruption, as if there had been none
 """
 
 import argparse
@@ -38,7 +36,7 @@ from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
 from model import ATTENTION, ATTENTION_IMPLS, GPT, GPTConfig, pad_vocab
 
 # ---------------------------------------------------------------------------------------------------
-# Settings: one dataclass a script, every field a flag
+# Settings: one dataclass a script, every field a flag. (All up to "Pretraining" is for any stage of training.)
 
 
 def flag(default, help, choices=None, least=-math.inf):
