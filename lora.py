@@ -1,0 +1,99 @@
+"""Low-rank adaptation (LoRA, arXiv 2106.09685): train two thin matrices beside each frozen one.
+
+apply_lora(model, rank=64, alpha=128)     # the model computes what it did before, and only the adapters train
+with disable_lora(model): ...             # the model without its adapters: the reference policy of DPO
+merge_lora(model)                         # the adapters become part of the weights; plain linear layers again
+"""
+
+import contextlib
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# All large matrices of a block. Not V2's lambda_proj: with a handful of outputs it has no rank 64. Not the embedding
+# and the head: 50,304 tokens long, their adapters would be over a third of all, for tokens that the model already knows.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / rank) * B A dropout(x), with the linear layer W (out, in) frozen, A (rank, in), B (out, rank).
+
+    A and B are float32 and multiply in the dtype of x. B starts at zero, so training starts from the layer as it was.
+    Raises ValueError if the rank is not between 1 and that of a full matrix.
+    """
+
+    def __init__(self, base, rank, alpha, dropout=0.0):
+        super().__init__()
+        if not 1 <= rank <= min(base.weight.shape):
+            raise ValueError(f"LoRA rank {rank} does not fit a matrix of {tuple(base.weight.shape)}")
+        self.base, self.scaling, self.dropout, self.enabled = base, alpha / rank, dropout, True
+        like = dict(device=base.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        low_rank = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., rank)
+        return y + self.scaling * F.linear(low_rank, self.lora_B.to(x.dtype))
+
+    def merged(self):
+        """The linear layer with W + (alpha / rank) * B A, added in float32 and cast once."""
+        delta = self.scaling * self.lora_B @ self.lora_A
+        self.base.weight.data = (self.base.weight + delta).to(self.base.weight.dtype)
+        return self.base
+
+
+def apply_lora(model, rank, alpha, dropout=0.0, targets=TARGETS):
+    """Freeze `model` and put an adapter beside every linear layer that has one of the names `targets`; raises ValueError
+    if there is none of a name or the rank does not fit. Returns the model."""
+    model.requires_grad_(False)
+    found = set()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name in targets and isinstance(child, nn.Linear):
+                setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
+                found.add(name)
+    if missing := set(targets) - found:
+        raise ValueError(f"the model has no linear layer called {', '.join(sorted(missing))}")
+    return model
+
+
+def merge_lora(model):
+    """Replace every adapted layer by a plain one with the adapter added to its weight, and make the model trainable as a
+    whole again. Returns the model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                setattr(parent, name, child.merged())
+    return model.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def disable_lora(model):
+    """Within it, the model computes what it would without its adapters."""
+    adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    for module in adapted:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enabled = True
+
+
+def lora_state_dict(model):
+    """The adapters alone: {name: tensor}."""
+    return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+
+
+def load_lora(model, state):
+    """Put the adapters of `state` into an adapted model; raises ValueError if they are not the same ones."""
+    own = lora_state_dict(model)
+    if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+        raise ValueError("the adapters belong to another model, rank or choice of layers")
+    model.load_state_dict(state, strict=False)
