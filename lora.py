@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # All large matrices of a block. Not V2's lambda_proj: with a handful of outputs it has no rank 64. Not the embedding
-# and the head: 50,304 tokens long, their adapters would be over a third of all, for tokens that the model already knows.
+# and the head: 50,304 tokens long, their adapters would be over a third of all, for tokens the model already knows.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -49,7 +49,7 @@ class LoRALinear(nn.Module):
 
 
 def apply_lora(model, rank, alpha, dropout=0.0, targets=TARGETS):
-    """Freeze `model` and put an adapter beside every linear layer that has one of the names `targets`; raises ValueError
+    """Freeze `model` and put an adapter beside every linear layer with one of the names `targets`; raises ValueError
     if there is none of a name or the rank does not fit. Returns the model."""
     model.requires_grad_(False)
     found = set()
@@ -64,8 +64,8 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets=TARGETS):
 
 
 def merge_lora(model):
-    """Replace every adapted layer by a plain one with the adapter added to its weight, and make the model trainable as a
-    whole again. Returns the model."""
+    """Replace every adapted layer by a plain one with the adapter added to its weight, and make the whole model
+    trainable again. Returns the model."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
