@@ -245,6 +245,13 @@ def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(run):
     assert best["step"] != 8 and "optimizer" not in best
 
 
+def test_resumed_run_remembers_the_best_validation_loss(run):
+    out = run()
+    before = torch.load(out / "best.pt", weights_only=True)["step"]
+    run("--resume", "--max_steps", 10, "--learning_rate", 10)  # which only makes it worse
+    assert torch.load(out / "best.pt", weights_only=True)["step"] == before
+
+
 def test_init_from_a_checkpoint(run):
     first = run()
     second = run("--init_from", first / "ckpt.pt", "--max_steps", 1, "--learning_rate", 0, out="second")
