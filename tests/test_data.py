@@ -89,6 +89,12 @@ def test_documents_come_back_with_a_separator_after_each(folder):
     assert get_tokenizer("bytes").decode(tokens.tolist()) == f"first document{END_OF_TEXT}second{END_OF_TEXT}"
 
 
+def test_text_cannot_separate_documents(tmp_path):
+    write_dataset(tmp_path, {"train": [f"one{END_OF_TEXT}two"], "val": ["x"]}, "bytes", "a test")
+    tokens = open_tokens(tmp_path, "train", read_meta(tmp_path), block_size=8)
+    assert (tokens == 256).sum() == 1 and tokens[-1] == 256
+
+
 def test_large_vocabularies_take_four_bytes_a_token():
     assert dataset._token_type(65_536) == np.uint16
     assert dataset._token_type(65_537) == np.uint32
