@@ -22,6 +22,7 @@ try:
 except ImportError:  # optional; `auto` never needs it
     flash_attn_func = None
 
+HALF = (torch.bfloat16, torch.float16)  # what fused kernels on CUDA take
 ATTENTION_IMPLS = ("auto", "flash_attn", "sdpa", "naive")
 
 
@@ -92,13 +93,13 @@ def resolve_impl(impl, q):
     """`auto` is PyTorch's kernels, except on GPUs where the flash-attn package is faster and installed."""
     if impl != "auto":
         return impl
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return "flash_attn" if flash_attn_func and q.is_cuda and half and not has_cudnn_attention(q) else "sdpa"
+    can_use_package = flash_attn_func is not None and q.is_cuda and q.dtype in HALF
+    return "flash_attn" if can_use_package and not has_cudnn_attention(q) else "sdpa"
 
 
 def has_cudnn_attention(q):
     """True where PyTorch prefers cuDNN's attention: half precision on the data-centre chips Hopper and Blackwell."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+    if not q.is_cuda or q.dtype not in HALF:
         return False
     gpu = torch.cuda.get_device_properties(q.device)
     return (gpu.major, gpu.minor) in ((9, 0), (10, 0))
@@ -144,9 +145,11 @@ def _equalize(q, k, v):
 
     The zeros add nothing to q . k; the softmax scale is given explicitly, so it stays that of the real width.
     """
-    v = v.repeat_interleave(k.size(2) // v.size(2), dim=2) if v.size(2) != k.size(2) else v
-    padding = (0, v.size(-1) - q.size(-1))
-    return F.pad(q, padding), F.pad(k, padding), v
+    if v.size(2) != k.size(2):
+        v = v.repeat_interleave(k.size(2) // v.size(2), dim=2)
+    if missing := v.size(-1) - q.size(-1):
+        q, k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
+    return q, k, v
 
 
 def _causal_mask(T, S, device):
