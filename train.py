@@ -95,11 +95,6 @@ def choose_preset(given):
     return preset
 
 
-def print_settings(settings):
-    text = "  ".join(f"{name}={value}" for name, value in asdict(settings).items())
-    print(textwrap.fill(text, 118, initial_indent="settings: ", subsequent_indent="  ", break_on_hyphens=False))
-
-
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints: one dict of tensors and plain values
 
@@ -560,7 +555,7 @@ def pretrain(settings, start=None):
     run = Pretraining(settings, start)
     describe(run)
     if run.done >= settings.max_steps:
-        print(f"the run in {run.out_dir} has its {settings.max_steps} steps; a higher --max_steps would add to it")
+        print(f"the run in {run.out_dir} has {run.done} steps already; a higher --max_steps would add to it")
         return run
     if not settings.resume:
         make_room(run.out_dir)
@@ -574,7 +569,8 @@ def pretrain(settings, start=None):
 
 def describe(run):
     s, meta, model = run.settings, run.meta, run.model
-    print_settings(s)
+    text = "  ".join(f"{name}={value}" for name, value in asdict(s).items())
+    print(textwrap.fill(text, 118, initial_indent="settings: ", subsequent_indent="  ", break_on_hyphens=False))
     counts = ", ".join(f"{count:,} {split}" for split, count in meta["tokens"].items())
     print(f"data: {meta['source']} ({counts} tokens, {meta['tokenizer']} tokenizer)")
     is_gpu = run.device.type == "cuda"

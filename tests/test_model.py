@@ -190,6 +190,18 @@ def test_context_too_long_is_refused():
 
 
 @pytest.mark.parametrize("attn", ATTENTION)
+def test_autocast_computes_in_bf16(attn):
+    model, idx = tiny_model(attn), torch.randint(64, (2, 20))
+    expected = model(idx)[0]
+    assert model.embed(idx).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.embed(idx).dtype == torch.bfloat16
+        logits, loss = model(idx, idx)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert relative_error(logits, expected) < 5e-2
+
+
+@pytest.mark.parametrize("attn", ATTENTION)
 def test_initialisation(attn):
     torch.manual_seed(0)
     model = GPT(tiny_config(attn, n_embd=128, n_inner=128, head_dim=32))
