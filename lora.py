@@ -28,7 +28,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         if not 1 <= rank <= min(base.weight.shape):
             raise ValueError(f"LoRA rank {rank} does not fit a matrix of {tuple(base.weight.shape)}")
-        self.base, self.scaling, self.dropout, self.enabled = base, alpha / rank, dropout, True
+        self.base, self.scaling, self.dropout, self.enabled = base.requires_grad_(False), alpha / rank, dropout, True
         like = dict(device=base.weight.device, dtype=torch.float32)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
@@ -41,10 +41,12 @@ class LoRALinear(nn.Module):
         low_rank = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., rank)
         return y + self.scaling * F.linear(low_rank, self.lora_B.to(x.dtype))
 
+    @torch.no_grad()
     def merged(self):
         """The linear layer with W + (alpha / rank) * B A, added in float32 and cast once."""
-        delta = self.scaling * self.lora_B @ self.lora_A
-        self.base.weight.data = (self.base.weight + delta).to(self.base.weight.dtype)
+        delta = self.scaling * self.lora_B.double() @ self.lora_A.double()  # which neither autocast nor TF32 shortens
+        weight = (self.base.weight.float() + delta.float()).to(self.base.weight.dtype)
+        self.base.weight = nn.Parameter(weight)  # a new one, lest a tied embedding change with it
         return self.base
 
 
@@ -76,7 +78,7 @@ def merge_lora(model):
 @contextlib.contextmanager
 def disable_lora(model):
     """Within it, the model computes what it would without its adapters."""
-    adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    adapted = [module for module in model.modules() if isinstance(module, LoRALinear) and module.enabled]
     for module in adapted:
         module.enabled = False
     try:

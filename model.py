@@ -99,7 +99,7 @@ def resolve_impl(impl, q):
 
 def has_cudnn_attention(q):
     """True where PyTorch prefers cuDNN's attention: half precision on the data-centre chips Hopper and Blackwell."""
-    if not q.is_cuda or q.dtype not in HALF:
+    if not q.is_cuda or q.dtype not in HALF or q.size(-1) % 8:
         return False
     gpu = torch.cuda.get_device_properties(q.device)
     return (gpu.major, gpu.minor) in ((9, 0), (10, 0))
@@ -239,9 +239,8 @@ class DiffAttnV1(Attention):
 
     def lam(self, x):
         """The factor of the second map: a scalar in float32, whatever x is."""
-        first = at_least_float32(self.lambda_q1 * self.lambda_k1).sum().exp()
-        second = at_least_float32(self.lambda_q2 * self.lambda_k2).sum().exp()
-        return first - second + self.lambda_init
+        q1, k1, q2, k2 = map(at_least_float32, (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
+        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
 
     def forward(self, x, rope):
         q, k, v = self.qkv(x, rope)

@@ -11,6 +11,7 @@ import csv
 import itertools
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -125,8 +126,8 @@ def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU; raises UserError if the file is missing, damaged or something else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [name for name in ("step", "data") if name not in checkpoint]
-        missing += [name for name in ("model", "config", "settings") if not isinstance(checkpoint.get(name), dict)]
+        missing = [n for n in ("model", "config", "settings", "data") if not isinstance(checkpoint.get(n), dict)]
+        missing += ["step"] if "step" not in checkpoint else []
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except Exception as error:  # zip, pickle, key, attribute and runtime errors: torch.load has none of its own
@@ -163,7 +164,7 @@ def set_rng_state(state):
 # ---------------------------------------------------------------------------------------------------
 # Device, optimizer, schedule
 
-# Dense bf16 TFLOP/s from the vendors' data sheets; the first entry that is part of the GPU's name counts.
+# Dense bf16 TFLOP/s from the vendors' data sheets; the first entry whose words are in the GPU's name counts.
 PEAK_TFLOPS = {
     "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
     "RTX A6000": 155, "A40": 150, "A10G": 70, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
@@ -174,7 +175,9 @@ PEAK_TFLOPS = {
 def peak_flops(device):
     """The GPU's bf16 peak in FLOP/s, or None if it is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+    if "Laptop" in name:  # slower than the desktop GPU of the same name
+        return None
+    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def choose_device(name):
@@ -240,8 +243,9 @@ class Log:
         """Begin log.csv, or keep its rows up to step `done`: an interrupted run repeats those after its checkpoint."""
         rows = []
         if done and self.path.exists():
-            with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= done]
+            with open(self.path, newline="", encoding="utf-8-sig", errors="replace") as file:
+                rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+            rows = [row for row in rows if int(row["step"]) <= done]
         with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
@@ -255,9 +259,6 @@ class Log:
         paused = time.perf_counter()
         yield
         self.started += time.perf_counter() - paused
-
-    def add(self, **row):
-        self.rows.append(row)
 
     def flush(self):
         """Write the rows added so far and print the last; raises UserError if a loss is not finite."""
@@ -339,7 +340,7 @@ def fit(run, log):
         for step, batch in zip(steps, prefetch(run.make_batch, steps, log.device)):
             lr = lr_at(step, s)
             loss, grad_norm = optimizer_step(run.optimizer, lr, run.loss_of, batch, s.micro_batch_size)
-            log.add(step=step, lr=lr, loss=loss, grad_norm=grad_norm)
+            log.rows.append(dict(step=step, lr=lr, loss=loss, grad_norm=grad_norm))
             last, stopping = step == steps[-1], bool(stop)  # a signal from here on waits for the next step
             validating = last or step % s.eval_interval == 0
             saving = last or stopping or step % s.save_interval == 0
@@ -429,7 +430,7 @@ def choose_settings(given):
         return Settings(**{**saved, "source": "", **given}), start  # the data were prepared when the run began
     preset = choose_preset(given)
     start = load_checkpoint(given["init_from"]) if given.get("init_from") else None
-    shape = SHAPES.get((preset, given.get("attn", Settings.attn)), {})
+    shape = SHAPES.get((preset, given.get("attn", Settings.attn)), SHAPES[preset, "vanilla"])
     if start:
         shape = {name: start["settings"][name] for name in SHAPE_FLAGS if name in start["settings"]}
     return Settings(**{**PRESETS[preset], **shape, **given, "preset": preset}), start
@@ -476,6 +477,10 @@ class Pretraining:
         self.settings, self.out_dir, self.device = settings, Path(settings.out_dir), choose_device(settings.device)
         check_settings(settings, self.device)
         self.load_data()
+        if start and start["data"].get("tokenizer") != settings.tokenizer:
+            raise UserError(
+                f"the checkpoint's tokenizer is {start['data'].get('tokenizer')}, the data's {settings.tokenizer}"
+            )
         torch.manual_seed(settings.seed)
         config = build_config(settings, self.encoding.n_vocab)
         self.model = (load_model(start, config) if start else GPT(config)).to(self.device)
@@ -491,7 +496,10 @@ class Pretraining:
         directory = prepared_directory(s.dataset, s.source, s.tokenizer or new)
         self.meta = read_meta(directory)
         if s.tokenizer not in ("", self.meta["tokenizer"]):
-            raise UserError(f"{directory} was prepared with --tokenizer {self.meta['tokenizer']}, not {s.tokenizer}")
+            raise UserError(
+                f"{directory} was prepared with --tokenizer {self.meta['tokenizer']}, not {s.tokenizer}; "
+                "give the other data another --dataset name"
+            )
         s.tokenizer = self.meta["tokenizer"]
         self.encoding = get_tokenizer(s.tokenizer)
         self.train_tokens = open_tokens(directory, "train", self.meta, s.block_size)
@@ -591,7 +599,10 @@ def summarize(run, log, seconds):
 
 def main():
     tiny = {**PRESETS["tiny"], **SHAPES["tiny", Settings.attn]}
-    pretrain(*choose_settings(parse_flags(Settings, __doc__, tiny)))
+    try:
+        pretrain(*choose_settings(parse_flags(Settings, __doc__, tiny)))
+    except torch.OutOfMemoryError as error:
+        raise UserError("the GPU's memory is full; a smaller --micro_batch_size takes less of it") from error
 
 
 if __name__ == "__main__":

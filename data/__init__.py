@@ -20,10 +20,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main):
-    """Call main() without tracebacks: a UserError is its one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call main() without tracebacks: what the user or the machine got wrong is one line on stderr and exit code 2,
+    Ctrl-C is exit code 130."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

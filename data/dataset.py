@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,10 +45,11 @@ def write_dataset(directory, documents, tokenizer, source):
     encoding = get_tokenizer(tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "meta.json").unlink(missing_ok=True)
-    meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "tokens": {}, "source": source}
+    meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "tokens": {}, "crc32": {}, "source": source}
     for split, texts in documents.items():
         with atomic_write(directory / f"{split}.bin") as path:
-            meta["tokens"][split] = _write_tokens(path, tqdm(texts, f"tokenizing {split}", unit=" documents"), encoding)
+            progress = tqdm(texts, f"tokenizing {split}", unit=" documents")
+            meta["tokens"][split], meta["crc32"][split] = _write_tokens(path, progress, encoding)
     with atomic_write(directory / "meta.json") as path:
         path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     counts = ", ".join(f"{count:,} tokens for {split}" for split, count in meta["tokens"].items())
@@ -55,14 +57,15 @@ def write_dataset(directory, documents, tokenizer, source):
 
 
 def _write_tokens(path, texts, encoding):
+    """Write the texts' ids; returns how many there are, and a checksum that tells this text from any other."""
     end = encoding.encode_single_token(END_OF_TEXT)
-    count = 0
+    count = checksum = 0
     with open(path, "wb") as file:
         for text in texts:
             ids = np.array([*encoding.encode_ordinary(text), end], dtype=_token_type(encoding.n_vocab))
             ids.tofile(file)
-            count += len(ids)
-    return count
+            count, checksum = count + len(ids), zlib.crc32(ids, checksum)
+    return count, checksum
 
 
 def _token_type(vocab_size):
@@ -141,7 +144,7 @@ def read_meta(directory):
     path = Path(directory) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        meta = {key: meta[key] for key in ("tokenizer", "vocab_size", "tokens", "source")}
+        meta = {key: meta[key] for key in ("tokenizer", "vocab_size", "tokens", "crc32", "source")}
         if not isinstance(meta["vocab_size"], int) or not isinstance(meta["tokens"], dict):
             raise TypeError
         return meta

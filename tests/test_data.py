@@ -83,6 +83,7 @@ def folder(tmp_path):
 
 def test_documents_come_back_with_a_separator_after_each(folder):
     meta = read_meta(folder)
+    assert meta.pop("crc32").keys() == {"train", "val"}
     assert meta == {"tokenizer": "bytes", "vocab_size": 259, "tokens": {"train": 22, "val": 6}, "source": "a test"}
     tokens = open_tokens(folder, "train", meta, block_size=8)
     assert tokens.dtype == np.uint16
@@ -110,7 +111,7 @@ def test_large_vocabularies_take_four_bytes_a_token():
      (lambda f: (f / "meta.json").unlink(), "not a prepared data set"),
      (lambda f: (f / "meta.json").write_text("{"), "damaged"),
      (lambda f: (f / "meta.json").write_text("[1]"), "damaged"),
-     (lambda f: (f / "meta.json").write_text('{"tokenizer": "bytes", "vocab_size": 9, "tokens": 5, "source": ""}'),
+     (lambda f: (f / "meta.json").write_text('{"tokenizer": "", "vocab_size": 9, "tokens": 5, "crc32": 0, "source": ""}'),
       "damaged"),
      (lambda f: (f / "meta.json").write_text('{"tokenizer": "bytes"}'), "damaged")],
 )  # fmt: skip

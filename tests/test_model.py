@@ -297,7 +297,8 @@ def relative_error(ours, reference):
 @needs_gpu
 @pytest.mark.parametrize("impl", ["sdpa", "auto", pytest.param("flash_attn", marks=needs_flash_attn)])
 @pytest.mark.parametrize(
-    "H, K, G, D, Dv", [(6, 6, 6, 64, 64), (12, 6, 6, 128, 128), (12, 12, 6, 64, 128), (12, 4, 2, 64, 128)]
+    "H, K, G, D, Dv",
+    [(6, 6, 6, 64, 64), (12, 6, 6, 128, 128), (12, 12, 6, 64, 128), (12, 4, 2, 64, 128), (6, 6, 3, 128, 256)],
 )
 def test_gpu_kernels_in_bf16(H, K, G, D, Dv, impl):
     """Forward and backward against float64 on the same bf16 numbers."""
