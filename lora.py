@@ -51,8 +51,8 @@ class LoRALinear(nn.Module):
 
 
 def apply_lora(model, rank, alpha, dropout=0.0, targets=TARGETS):
-    """Freeze `model` and put an adapter beside every linear layer with one of the names `targets`; raises ValueError
-    if there is none of a name or the rank does not fit. Returns the model."""
+    """Freeze `model` and put an adapter beside each linear layer named in `targets`; raises ValueError if there is none
+    of a name, or the rank does not fit. Returns the model."""
     model.requires_grad_(False)
     found = set()
     for parent in list(model.modules()):

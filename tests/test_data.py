@@ -111,7 +111,7 @@ def test_large_vocabularies_take_four_bytes_a_token():
      (lambda f: (f / "meta.json").unlink(), "not a prepared data set"),
      (lambda f: (f / "meta.json").write_text("{"), "damaged"),
      (lambda f: (f / "meta.json").write_text("[1]"), "damaged"),
-     (lambda f: (f / "meta.json").write_text('{"tokenizer": "", "vocab_size": 9, "tokens": 5, "crc32": 0, "source": ""}'),
+     (lambda f: (f / "meta.json").write_text('{"tokenizer":"","vocab_size":9,"tokens":5,"crc32":0,"source":""}'),
       "damaged"),
      (lambda f: (f / "meta.json").write_text('{"tokenizer": "bytes"}'), "damaged")],
 )  # fmt: skip
