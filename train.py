@@ -99,7 +99,6 @@ def choose_preset(given):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints: one dict of tensors and plain values
 
-
 RUN_FILES = ("ckpt.pt", "best.pt", "log.csv")
 
 
@@ -414,7 +413,6 @@ SHAPES = {
     ("tiny", "v1"): dict(n_head=12, head_dim=16, n_inner=512),
     ("tiny", "v2"): dict(n_head=3, head_dim=64, n_inner=448),
 }
-
 
 SHAPE_FLAGS = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Settings)} - {"attn_impl"}
 
