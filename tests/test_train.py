@@ -342,6 +342,16 @@ def test_signals_save_and_leave(dataset, tmp_path, number):
     assert log_of(tmp_path, "step")[-1] == (str(saved),)
 
 
+def test_second_signal_ends_the_program_at_once(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with train.stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # which the next one meets
+    assert signal.getsignal(signal.SIGINT) == before
+    assert "once more quits at once" in capfd.readouterr().out
+
+
 # ------------------------------------------------------------------------------------- mistakes
 
 
