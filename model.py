@@ -347,13 +347,17 @@ class GPT(nn.Module):
         kind = x.device.type
         return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
-    def forward(self, idx, targets=None):
-        """idx (B, T) int64 -> logits (B, T, vocab_size) and None; with targets (B, T), detached logits and the mean
-        cross-entropy in nats, in which targets of -100 are ignored. Raises ValueError if T exceeds block_size."""
+    def hidden(self, idx):
+        """What lm_head turns into logits: idx (B, T) int64 -> (B, T, C). Raises ValueError if T exceeds block_size."""
         rope, x = self.rope(idx.size(1)), self.embed(idx)
         for layer in self.layers:
             x = layer(x, rope)
-        logits = self.lm_head(self.norm(x))
+        return self.norm(x)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) int64 -> logits (B, T, vocab_size) and None; with targets (B, T), detached logits and the mean
+        cross-entropy in nats, in which targets of -100 are ignored. Raises ValueError if T exceeds block_size."""
+        logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -373,15 +377,19 @@ class GPT(nn.Module):
         return means
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
-        """Continue idx (B, T) by sampling -> (B, T + max_new_tokens). Temperature 0 takes the likeliest token, top_k
-        keeps the k likeliest, n_vocab keeps the ids below it, since the rest are padding. Beyond block_size the model
-        sees the last block_size tokens."""
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, n_vocab=None):
+        """Continue idx (B, T) by sampling: yield one column of new ids (B, 1) after another. sample_token explains
+        temperature, top_k and top_p; n_vocab keeps the ids below it, since the rest are padding. Beyond block_size the
+        model sees the last block_size tokens."""
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])
-            token = sample_token(logits[:, -1, :n_vocab], temperature, top_k)
+            token = sample_token(logits[:, -1, :n_vocab], temperature, top_k, top_p)
             idx = torch.cat((idx, token), dim=1)
-        return idx
+            yield token
+
+    def generate(self, idx, max_new_tokens, **options):
+        """idx (B, T) and all that `stream` adds to it -> (B, T + max_new_tokens)."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, **options)), dim=1)
 
     def num_params(self):
         """Trained numbers; tied embeddings count once."""
@@ -402,12 +410,14 @@ class GPT(nn.Module):
         return 6 * (weights + config.n_layer * products)
 
 
-def sample_token(logits, temperature=1.0, top_k=None):
-    """Draw one id from each row of logits (B, vocab) -> (B, 1)."""
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
+    """Draw one id from each row of logits (B, vocab) -> (B, 1). Temperature 0 takes the likeliest. top_k keeps the k
+    likeliest; top_p, of those, the fewest likeliest whose probabilities sum to p (arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        kept = logits.topk(min(top_k, logits.size(-1))).values
-        logits = logits.masked_fill(logits < kept[:, -1:], float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+    logits, ids = (logits.float() / temperature).topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None:
+        likelier = probabilities.cumsum(dim=-1) - probabilities  # of all that come before
+        probabilities = probabilities.masked_fill(likelier >= top_p, 0.0)
+    return ids.gather(-1, torch.multinomial(probabilities, num_samples=1))

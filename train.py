@@ -87,19 +87,42 @@ def parse_flags(settings_class, description, tiny, argv=None):
     return given
 
 
-def choose_preset(given):
-    """The preset asked for; `auto` is resolved here, which says how."""
+def choose_preset(given, preset, why):
+    """The preset asked for; if that is `auto`, the one proposed, which is said."""
     if given.get("preset", "auto") != "auto":
         return given["preset"]
-    preset, why = ("ldiff", "there is a CUDA GPU") if torch.cuda.is_available() else ("tiny", "there is no CUDA GPU")
     print(f"preset: {preset}, since {why}; --preset tiny or --preset ldiff chooses")
     return preset
+
+
+def resumed_settings(given, settings_class, stage):
+    """For --resume: the settings of the run in out_dir, under those given now, and its checkpoint."""
+    if clash := {"preset", "init_from"} & given.keys():
+        raise UserError(f"--resume goes on with a run as it was begun; it does not go with --{clash.pop()}")
+    path = Path(given.get("out_dir", settings_class.out_dir)) / "ckpt.pt"
+    start = load_checkpoint(path)
+    if start["stage"] != stage:
+        raise UserError(f"{path} is a checkpoint of the stage {start['stage']}, not {stage}")
+    saved = {f.name: start["settings"][f.name] for f in fields(settings_class) if f.name in start["settings"]}
+    return settings_class(**{**saved, "source": "", **given}), start  # the data were prepared when the run began
+
+
+def check_settings(settings, device):
+    settings.micro_batch_size = min(settings.micro_batch_size, settings.batch_size)
+    if settings.batch_size % settings.micro_batch_size:
+        raise UserError(
+            f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {settings.micro_batch_size}"
+        )
+    if settings.attn_impl == "flash_attn" and device.type != "cuda":
+        raise UserError(f"--attn_impl flash_attn needs a CUDA GPU, and the device is {device}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("training takes one process for now; run it without torchrun")
 
 
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints: one dict of tensors and plain values
 
-RUN_FILES = ("ckpt.pt", "best.pt", "log.csv")
+RUN_FILES = ("ckpt.pt", "best.pt", "adapter.pt", "log.csv")
 
 
 def make_room(out_dir):
@@ -126,7 +149,7 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = [n for n in ("model", "config", "settings", "data") if not isinstance(checkpoint.get(n), dict)]
-        missing += ["step"] if "step" not in checkpoint else []
+        missing += [n for n in ("step", "stage") if n not in checkpoint]
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except Exception as error:  # zip, pickle, key, attribute and runtime errors: torch.load has none of its own
@@ -136,17 +159,22 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_model(checkpoint, config):
-    """The model of a checkpoint, on the CPU; raises UserError unless it has the shape that `config` asks for."""
-    for name, value in asdict(config).items():
-        saved = checkpoint["config"].get(name)
-        if name not in ("attn_impl", "block_size") and saved != value:  # which no weight depends on
-            raise UserError(f"the checkpoint's model has {name} {saved}, but the settings say {value}")
-    model = GPT(config)
+def saved_config(checkpoint, attn_impl):
+    """The GPTConfig of a checkpoint's model."""
+    try:
+        return GPTConfig(**{**checkpoint["config"], "attn_impl": attn_impl})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's config cannot be used: {error}") from error
+
+
+def load_weights(model, checkpoint):
+    """Put a checkpoint's weights into a model and return it; raises UserError if they do not fit."""
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise UserError("the checkpoint's weights do not fit its config") from error
+        resumes = "optimizer" in checkpoint and checkpoint["stage"] != "pretrain"
+        hint = "; it is one to --resume, and best.pt beside it holds the model" if resumes else ""
+        raise UserError(f"the checkpoint's weights do not fit its config{hint}") from error
     return model
 
 
@@ -231,11 +259,12 @@ class Log:
     """Keeps losses on the device and reads them every log_interval steps, so that the GPU never waits for the CPU to
     catch up. Its clock leaves out validation and saving."""
 
-    columns = ("step", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "val_loss")
-
-    def __init__(self, path, last_step, tokens_per_step, flops_per_token, device):
-        self.path, self.last_step, self.tokens_per_step, self.device = path, last_step, tokens_per_step, device
-        self.flops_per_token, self.peak = flops_per_token, peak_flops(device)
+    def __init__(self, run):
+        self.path, self.last_step, self.device = run.out_dir / "log.csv", run.settings.max_steps, run.device
+        self.unit, self.metrics = run.unit, run.metrics
+        self.flops, self.peak = run.flops_per_unit(), peak_flops(run.device)
+        self.columns = ["step", "loss", *run.metrics, "grad_norm", "lr", f"{run.unit}_per_s", "mfu"]
+        self.columns += [f"val_{name}" for name in ("loss", *run.metrics)]
         self.rows, self.speeds, self.started = [], [], time.perf_counter()
 
     def open(self, done):
@@ -260,30 +289,31 @@ class Log:
         self.started += time.perf_counter() - paused
 
     def flush(self):
-        """Write the rows added so far and print the last; raises UserError if a loss is not finite."""
+        """Write the rows added so far and print the last; raises UserError if a number is not finite."""
         synchronize(self.device)
-        now = time.perf_counter()
-        speed = len(self.rows) * self.tokens_per_step / (now - self.started)
-        mfu = round(speed * self.flops_per_token / self.peak, 4) if self.peak else ""
-        for row in self.rows:
-            row.update(loss=float(row["loss"]), grad_norm=float(row["grad_norm"]), tokens_per_s=round(speed), mfu=mfu)
+        now, work = time.perf_counter(), sum(row.pop("work") for row in self.rows)
+        speed, seconds_per_step = work / (now - self.started), (now - self.started) / len(self.rows)
+        mfu = round(speed * self.flops / self.peak, 4) if self.flops and self.peak else ""
+        rows = [{name: float(value) if name != "step" else value for name, value in row.items()} for row in self.rows]
+        measured = {f"{self.unit}_per_s": round(speed, 1), "mfu": mfu}
         with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerows(self.rows)
-        self._print(self.rows[-1], speed)
-        for row in self.rows:
-            if not all(math.isfinite(row.get(name, 0)) for name in ("loss", "grad_norm", "val_loss")):
+            csv.DictWriter(file, self.columns).writerows(row | measured for row in rows)
+        self._print(rows[-1], speed, seconds_per_step)
+        for row in rows:
+            if not all(math.isfinite(value) for value in row.values()):
                 raise UserError(f"step {row['step']} gave a number that is not finite; try a lower --learning_rate")
-        self.speeds += [speed] * len(self.rows)
+        self.speeds += [speed] * len(rows)
         self.rows, self.started = [], now
 
-    def _print(self, row, speed):
-        work = f"{row['mfu']:.1%} MFU" if self.peak else f"{si(speed * self.flops_per_token)} FLOP/s"
-        minutes, seconds = divmod(round((self.last_step - row["step"]) * self.tokens_per_step / speed), 60)
-        print(
-            f"step {row['step']:>5}/{self.last_step} | loss {row['loss']:.4f} | grad norm {row['grad_norm']:.3f} | "
-            f"lr {row['lr']:.2e} | {si(speed)} tokens/s | {work} | {minutes}m{seconds:02}s left",
-            flush=True,
-        )
+    def _print(self, row, speed, seconds_per_step):
+        parts = [f"step {row['step']:>5}/{self.last_step}", f"loss {row['loss']:.4f}"]
+        parts += [f"{name} {row[name]:.3f}" for name in self.metrics[:2]]  # a line has no room for more
+        parts += [f"grad norm {row['grad_norm']:.3f}", f"lr {row['lr']:.2e}", f"{si(speed)} {self.unit}/s"]
+        if self.flops:
+            share = f"{speed * self.flops / self.peak:.1%} MFU" if self.peak else f"{si(speed * self.flops)} FLOP/s"
+            parts.append(share)
+        minutes, seconds = divmod(round((self.last_step - row["step"]) * seconds_per_step), 60)
+        print(" | ".join([*parts, f"{minutes}m{seconds:02}s left"]), flush=True)
 
 
 def synchronize(device):
@@ -325,27 +355,24 @@ def stop_signals():
 
 
 def fit(run, log):
-    """Take the optimizer steps from run.done + 1 to run.settings.max_steps. Beside its optimizer, `run` has the methods
-
-    make_batch(step)    a tuple of tensors, one row a sequence
-    loss_of(*rows)      the mean loss over some of these rows
-    validate(step)      the validation loss and a line about it; every eval_interval steps and after the last
-    save(step)          write a checkpoint; every save_interval steps, after the last and on a signal
-    """
+    """Take the optimizer steps from run.done + 1 to run.settings.max_steps; Run says what `run` is asked for."""
     s = run.settings
+    if not run.done:  # what training has to improve on
+        print(f"before the first step:\n{run.validate(0)[1]}", flush=True)
     log.open(run.done)
     steps = range(run.done + 1, s.max_steps + 1)
     with stop_signals() as stop:
-        for step, batch in zip(steps, prefetch(run.make_batch, steps, log.device)):
+        for step, (work, micro_batches) in zip(steps, prefetch(run.make_batch, steps, run.device)):
             lr = lr_at(step, s)
-            loss, grad_norm = optimizer_step(run.optimizer, lr, run.loss_of, batch, s.micro_batch_size)
-            log.rows.append(dict(step=step, lr=lr, loss=loss, grad_norm=grad_norm))
+            measured = optimizer_step(run.optimizer, lr, run.loss_of, micro_batches)
+            log.rows.append(dict(step=step, lr=lr, work=work, **measured))
             last, stopping = step == steps[-1], bool(stop)  # a signal from here on waits for the next step
             validating = last or step % s.eval_interval == 0
             saving = last or stopping or step % s.save_interval == 0
             if validating:
                 with log.paused():
-                    log.rows[-1]["val_loss"], line = run.validate(step)
+                    values, line = run.validate(step)
+                log.rows[-1] |= values
             if validating or saving or step % s.log_interval == 0 or step == steps[0]:
                 log.flush()  # before saving, so that log.csv holds every step that the checkpoint does
             if validating:
@@ -358,21 +385,131 @@ def fit(run, log):
                 sys.exit(128 + stop[0])
 
 
-def optimizer_step(optimizer, lr, loss_of, batch, micro_batch_size, clip=1.0):
-    """One step on the mean loss of a batch -> that loss, and the gradient's norm before it is clipped. The batch passes
-    in micro-batches of equal size, whose gradients add up to that of the whole."""
-    micro_batches = list(zip(*(tensor.split(micro_batch_size) for tensor in batch)))
-    total = 0.0
-    for rows in micro_batches:
-        loss = loss_of(*rows) / len(micro_batches)
-        loss.backward()
-        total += loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+def optimizer_step(optimizer, lr, loss_of, micro_batches, clip=1.0):
+    """One step on a batch that passes in micro-batches, whose shares of loss and gradient add up -> a dict of the loss,
+    what else loss_of measures, and the gradient's norm before it is clipped."""
+    total = {}
+    for tensors in micro_batches:
+        share = loss_of(*tensors)
+        share["loss"].backward()
+        total = add_share(total, share)
+    total["grad_norm"] = nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], clip
+    )
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return total, grad_norm
+    return total
+
+
+def add_share(total, share):
+    return {name: total.get(name, 0.0) + value.detach() for name, value in share.items()}
+
+
+# ---------------------------------------------------------------------------------------------------
+# A run: what every stage of training has
+
+
+class Run:
+    """The settings, folder, device and checkpoints of a run. A stage adds its data (`meta`, `encoding`), `model` and
+    `optimizer`, and these methods:
+
+    make_batch(step)    the work in it, counted in `unit`, and a list of micro-batches, each a tuple of tensors
+    loss_of(*tensors)   a micro-batch's share of the batch's mean loss, {"loss": tensor, and one for each of `metrics`}
+    evaluate()          {"val_loss": float, and one for each of `metrics`}, and a line about it for the screen
+    sample()            some text by the model
+    """
+
+    stage = ""
+    unit = "tokens"  # which the speed is told in
+    metrics = ()  # what is measured beside the loss
+    counted = "tokens"  # the entry of meta.json that tells the size of the data
+
+    def __init__(self, settings):
+        self.settings, self.out_dir, self.device = settings, Path(settings.out_dir), choose_device(settings.device)
+        check_settings(settings, self.device)
+        self.done, self.best_val_loss = 0, math.inf
+
+    def flops_per_unit(self):
+        """Floating-point operations for one `unit` of work, or None where that depends on the batch."""
+        return None
+
+    def restore(self, checkpoint):
+        """Go on where a run was: optimizer, random numbers, and the same data."""
+        if checkpoint["data"] != self.meta:
+            raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
+        try:
+            self.done, self.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            set_rng_state(checkpoint["rng"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.out_dir / 'ckpt.pt'} is no checkpoint to resume from") from error
+
+    def validate(self, step):
+        """What evaluate() says; the model with the lowest loss so far is kept."""
+        values, line = self.evaluate()
+        if values["val_loss"] < self.best_val_loss:
+            self.best_val_loss = values["val_loss"]
+            self.save_best(step)
+            line += "; the best so far"
+        return values, line
+
+    def save(self, step):
+        """ckpt.pt, the checkpoint to resume from."""
+        self.write("ckpt.pt", step, self.model.state_dict(), optimizer=self.optimizer.state_dict(), rng=rng_state())
+
+    def save_best(self, step):
+        """best.pt, the model for the next stage."""
+        self.write("best.pt", step, self.model.state_dict())
+
+    def write(self, name, step, weights, **more):
+        save_checkpoint(
+            self.out_dir / name, model=weights, config=asdict(self.model.config), settings=asdict(self.settings),
+            data=self.meta, stage=self.stage, step=step, best_val_loss=self.best_val_loss, **more,
+        )  # fmt: skip
+
+
+def carry_out(run):
+    """The whole run, from a description to a sample of text."""
+    describe(run)
+    if run.done >= run.settings.max_steps:
+        print(f"the run in {run.out_dir} has {run.done} steps already; a higher --max_steps would add to it")
+        return
+    if not run.settings.resume:
+        make_room(run.out_dir)
+    log, started = Log(run), time.perf_counter()
+    try:
+        fit(run, log)
+        summarize(run, log, time.perf_counter() - started)
+    except torch.OutOfMemoryError as error:
+        raise UserError("the GPU's memory is full; a smaller --micro_batch_size takes less of it") from error
+
+
+def describe(run):
+    meta, parameters = run.meta, list(run.model.parameters())
+    text = "  ".join(f"{name}={value}" for name, value in asdict(run.settings).items())
+    print(textwrap.fill(text, 118, initial_indent="settings: ", subsequent_indent="  ", break_on_hyphens=False))
+    counts = ", ".join(f"{count:,} {split}" for split, count in meta[run.counted].items())
+    print(f"data: {meta['source']} ({counts} {run.counted}, {meta['tokenizer']} tokenizer)")
+    is_gpu = run.device.type == "cuda"
+    machine = torch.cuda.get_device_name(run.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
+    total, trained = (sum(p.numel() for p in parameters if p.requires_grad or not t) for t in (False, True))
+    size = f"{si(total)} parameters" + (f", {si(trained)} of them trained" if trained < total else "")
+    if flops := run.flops_per_unit():
+        size += f", {si(flops)} FLOPs a {run.unit.removesuffix('s')}"
+    print(f"model: {run.model.config.attn}, {size}, on {machine}")
+
+
+def summarize(run, log, seconds):
+    speed = statistics.median(log.speeds)
+    text = f"done in {seconds / 60:.1f} minutes: {si(speed)} {run.unit}/s (median)"
+    if log.peak and log.flops:
+        text += f", {speed * log.flops / log.peak:.1%} MFU"
+    if run.device.type == "cuda":
+        text += f", {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB peak memory"
+    print(f"{text}; best validation loss {run.best_val_loss:.4f} in {run.out_dir / 'best.pt'}")
+    print(f"sample:\n{textwrap.indent(run.sample(), '    ')}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -419,31 +556,16 @@ SHAPE_FLAGS = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Sett
 
 def choose_settings(given):
     """The settings, and the checkpoint to start from or None. Flags go over the preset, the preset over the defaults; a
-    run to resume puts its settings in the preset's place, a model to start from its shape."""
+    model to start from brings its shape."""
     if given.get("resume"):
-        if clash := {"preset", "init_from"} & given.keys():
-            raise UserError(f"--resume goes on with a run as it was begun; it does not go with --{clash.pop()}")
-        start = load_checkpoint(Path(given.get("out_dir", Settings.out_dir)) / "ckpt.pt")
-        saved = {f.name: start["settings"][f.name] for f in fields(Settings) if f.name in start["settings"]}
-        return Settings(**{**saved, "source": "", **given}), start  # the data were prepared when the run began
-    preset = choose_preset(given)
+        return resumed_settings(given, Settings, Pretraining.stage)
+    has_gpu = torch.cuda.is_available()
+    preset = choose_preset(given, *(("ldiff", "there is a CUDA GPU") if has_gpu else ("tiny", "there is no CUDA GPU")))
     start = load_checkpoint(given["init_from"]) if given.get("init_from") else None
     shape = SHAPES.get((preset, given.get("attn", Settings.attn)), SHAPES[preset, "vanilla"])
     if start:
-        shape = {name: start["settings"][name] for name in SHAPE_FLAGS if name in start["settings"]}
+        shape = {name: start["config"][name] for name in SHAPE_FLAGS if name in start["config"]}
     return Settings(**{**PRESETS[preset], **shape, **given, "preset": preset}), start
-
-
-def check_settings(settings, device):
-    settings.micro_batch_size = min(settings.micro_batch_size, settings.batch_size)
-    if settings.batch_size % settings.micro_batch_size:
-        raise UserError(
-            f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {settings.micro_batch_size}"
-        )
-    if settings.attn_impl == "flash_attn" and device.type != "cuda":
-        raise UserError(f"--attn_impl flash_attn needs a CUDA GPU, and the device is {device}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("training takes one process for now; run it without torchrun")
 
 
 def build_config(settings, vocab_size):
@@ -453,6 +575,14 @@ def build_config(settings, vocab_size):
         return GPTConfig(**shape, vocab_size=pad_vocab(vocab_size), attn_impl=settings.attn_impl)
     except ValueError as error:
         raise UserError(error) from error
+
+
+def check_shape(checkpoint, config):
+    """Raise UserError unless the checkpoint's model has the shape that `config` asks for."""
+    for name, value in asdict(config).items():
+        saved = checkpoint["config"].get(name)
+        if name not in ("attn_impl", "block_size") and saved != value:  # which no weight depends on
+            raise UserError(f"the checkpoint's model has {name} {saved}, but the settings say {value}")
 
 
 @torch.no_grad()
@@ -467,13 +597,13 @@ def validation_loss(model, batches, device):
     return (total / count).item()
 
 
-class Pretraining:
-    """A run: its data, model and optimizer, and what the training loop asks of it. `start` is the checkpoint to resume,
-    or to take the model from."""
+class Pretraining(Run):
+    """`start` is the checkpoint to resume, or to take the model from."""
+
+    stage = "pretrain"
 
     def __init__(self, settings, start=None):
-        self.settings, self.out_dir, self.device = settings, Path(settings.out_dir), choose_device(settings.device)
-        check_settings(settings, self.device)
+        super().__init__(settings)
         self.load_data()
         if start and start["data"].get("tokenizer") != settings.tokenizer:
             raise UserError(
@@ -481,74 +611,53 @@ class Pretraining:
             )
         torch.manual_seed(settings.seed)
         config = build_config(settings, self.encoding.n_vocab)
-        self.model = (load_model(start, config) if start else GPT(config)).to(self.device)
+        self.model = GPT(config)
+        if start:
+            check_shape(start, config)
+            load_weights(self.model, start)
+        self.model.to(self.device)
         self.compiled = maybe_compile(self.model, settings.compile, self.device)
         self.optimizer = make_optimizer(self.model, settings.weight_decay)
-        self.done, self.best_val_loss = 0, math.inf
         if settings.resume:
             self.restore(start)
+            self.optimizer.param_groups[0]["weight_decay"] = settings.weight_decay  # which may be another one now
 
     def load_data(self):
         s = self.settings
         new = "bytes" if s.preset == "tiny" else "gpt2"
-        directory = prepared_directory(s.dataset, s.source, s.tokenizer or new)
-        self.meta = read_meta(directory)
-        if s.tokenizer not in ("", self.meta["tokenizer"]):
-            raise UserError(
-                f"{directory} was prepared with --tokenizer {self.meta['tokenizer']}, not {s.tokenizer}; "
-                "give the other data another --dataset name"
-            )
+        directory = prepared_directory(s.dataset, s.source, tokenizer=s.tokenizer or new)
+        self.meta = read_meta(directory, s.tokenizer)
         s.tokenizer = self.meta["tokenizer"]
         self.encoding = get_tokenizer(s.tokenizer)
         self.train_tokens = open_tokens(directory, "train", self.meta, s.block_size)
         val_tokens = open_tokens(directory, "val", self.meta, s.block_size)
         self.val_batches = list(fixed_batches(val_tokens, s.block_size, s.micro_batch_size, s.eval_windows))
 
-    def restore(self, checkpoint):
-        """Go on where a run was: optimizer, random numbers, and the same data."""
-        if checkpoint["data"] != self.meta:
-            raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
-        try:
-            self.done, self.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            set_rng_state(checkpoint["rng"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.out_dir / 'ckpt.pt'} is no checkpoint to resume from") from error
-        self.optimizer.param_groups[0]["weight_decay"] = self.settings.weight_decay
+    def flops_per_unit(self):
+        return self.model.flops_per_token()
 
     def make_batch(self, step):
         s = self.settings
-        return sample_batch(self.train_tokens, s.block_size, s.batch_size, s.seed, step)
+        batch = sample_batch(self.train_tokens, s.block_size, s.batch_size, s.seed, step)
+        micro_batches = list(zip(*(tensor.split(s.micro_batch_size) for tensor in batch)))
+        return s.batch_size * s.block_size, micro_batches
 
     def loss_of(self, inputs, targets):
         with autocast(self.device):
-            return self.compiled(inputs, targets)[1]
+            _, loss = self.compiled(inputs, targets)
+        return {"loss": loss * len(inputs) / self.settings.batch_size}
 
-    def validate(self, step):
-        """The validation loss and a line about it; best.pt keeps the model with the lowest."""
+    def evaluate(self):
         loss = validation_loss(self.compiled, self.val_batches, self.device)
         line = f"    validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
-        if loss < self.best_val_loss:
-            self.best_val_loss = loss
-            self.save(step, "best.pt")
-            line += ", the best so far"
         with autocast(self.device):
             lambdas = self.model.lambdas(self.val_batches[0][0][:1].to(self.device))
         if lambdas:
             line += "; lambda by layer " + " ".join(f"{value:.2f}" for value in lambdas)
-        return loss, line
-
-    def save(self, step, name="ckpt.pt"):
-        contents = dict(
-            model=self.model.state_dict(), config=asdict(self.model.config), settings=asdict(self.settings),
-            data=self.meta, step=step, best_val_loss=self.best_val_loss,
-        )  # fmt: skip
-        if name == "ckpt.pt":  # the one to resume from
-            contents |= dict(optimizer=self.optimizer.state_dict(), rng=rng_state())
-        save_checkpoint(self.out_dir / name, **contents)
+        return {"val_loss": loss}, line
 
     def sample(self, max_new_tokens=256):
-        """Some text by the model, begun from nothing."""
+        """Some text, begun from nothing."""
         encoding = self.encoding
         start = torch.tensor([[encoding.encode_single_token(END_OF_TEXT)]], device=self.device)
         with autocast(self.device):
@@ -556,51 +665,9 @@ class Pretraining:
         return encoding.decode(ids[0, 1:].tolist(), errors="replace")
 
 
-def pretrain(settings, start=None):
-    """The whole run, from the data to a sample of text; returns the finished Pretraining."""
-    run = Pretraining(settings, start)
-    describe(run)
-    if run.done >= settings.max_steps:
-        print(f"the run in {run.out_dir} has {run.done} steps already; a higher --max_steps would add to it")
-        return run
-    if not settings.resume:
-        make_room(run.out_dir)
-    tokens_per_step = settings.batch_size * settings.block_size
-    log = Log(run.out_dir / "log.csv", settings.max_steps, tokens_per_step, run.model.flops_per_token(), run.device)
-    started = time.perf_counter()
-    fit(run, log)
-    summarize(run, log, time.perf_counter() - started)
-    return run
-
-
-def describe(run):
-    s, meta, model = run.settings, run.meta, run.model
-    text = "  ".join(f"{name}={value}" for name, value in asdict(s).items())
-    print(textwrap.fill(text, 118, initial_indent="settings: ", subsequent_indent="  ", break_on_hyphens=False))
-    counts = ", ".join(f"{count:,} {split}" for split, count in meta["tokens"].items())
-    print(f"data: {meta['source']} ({counts} tokens, {meta['tokenizer']} tokenizer)")
-    is_gpu = run.device.type == "cuda"
-    machine = torch.cuda.get_device_name(run.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
-    parameters, flops = si(model.num_params()), si(model.flops_per_token())
-    print(f"model: {s.attn}, {parameters} parameters, {flops} FLOPs a token, on {machine}")
-
-
-def summarize(run, log, seconds):
-    text = f"done in {seconds / 60:.1f} minutes: {si(statistics.median(log.speeds))} tokens/s (median)"
-    if log.peak:
-        text += f", {statistics.median(log.speeds) * log.flops_per_token / log.peak:.1%} MFU"
-    if run.device.type == "cuda":
-        text += f", {torch.cuda.max_memory_allocated(run.device) / 2**30:.1f} GiB peak memory"
-    print(f"{text}; best validation loss {run.best_val_loss:.4f} in {run.out_dir / 'best.pt'}")
-    print(f"sample:\n{textwrap.indent(run.sample(), '    ')}")
-
-
 def main():
     tiny = {**PRESETS["tiny"], **SHAPES["tiny", Settings.attn]}
-    try:
-        pretrain(*choose_settings(parse_flags(Settings, __doc__, tiny)))
-    except torch.OutOfMemoryError as error:
-        raise UserError("the GPU's memory is full; a smaller --micro_batch_size takes less of it") from error
+    carry_out(Pretraining(*choose_settings(parse_flags(Settings, __doc__, tiny))))
 
 
 if __name__ == "__main__":

@@ -15,17 +15,20 @@ def render(messages, encoding):
     """[(role, text), ...] -> token ids and loss mask, two lists of equal length. Roles: system, user, assistant."""
     ids, mask = [], []
     for role, text in messages:
-        frame, body = _header(role, encoding), encoding.encode_ordinary(text)
-        end, newline = [encoding.encode_single_token(IM_END)], encoding.encode_ordinary("\n")
-        learned = int(role == "assistant")
-        ids += frame + body + end + newline
-        mask += [0] * len(frame) + [learned] * (len(body) + 1) + [0] * len(newline)
+        frame, body, newline = _header(role, encoding), render_answer(text, encoding), encoding.encode_ordinary("\n")
+        ids += frame + body + newline
+        mask += [0] * len(frame) + [int(role == "assistant")] * len(body) + [0] * len(newline)
     return ids, mask
 
 
 def render_prompt(messages, encoding):
     """The token ids of a conversation so far and of the header of its answer, which the model continues."""
     return render(messages, encoding)[0] + _header("assistant", encoding)
+
+
+def render_answer(text, encoding):
+    """The token ids of an answer, its end token among them."""
+    return [*encoding.encode_ordinary(text), encoding.encode_single_token(IM_END)]
 
 
 def _header(role, encoding):

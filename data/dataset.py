@@ -1,26 +1,38 @@
-"""Token files: writing them from text, reading them back, and cutting them into batches.
+"""Token files: writing them, reading them back, and cutting them into batches.
 
-A prepared data set is a folder with train.bin and val.bin, flat token ids in which <|endoftext|> ends every document,
-and meta.json, which is written last and so marks the folder as complete.
+A prepared data set is a folder with files of token ids, train.bin and val.bin, and meta.json, which is written last and
+so marks the folder as complete. There are two kinds:
+
+- text, for pretraining: the ids in one stream, in which <|endoftext|> ends every document;
+- examples, in a folder sft or dpo inside: one row of ids after another. train.mask.bin has a 1 for every id that is to
+  be learned, train.offsets.bin says where each row begins. An SFT example is a row; a DPO example is two neighbouring
+  ones, the chosen and the rejected answer to the same prompt.
 """
 
 import contextlib
 import importlib
+import itertools
 import json
 import logging
 import os
+import signal
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import UserError
-from data.tokenizer import END_OF_TEXT, get_tokenizer
+from data import Parser, UserError
+from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
 
+# For each kind of data, the data set whose prepare.py reads the user's own files, and what they are.
+READERS = {"": ("wikitext2", "text file"), "sft": ("slimorca", "JSONL file"), "dpo": ("orca_dpo_pairs", "JSONL file")}
 HELD_OUT = 0.1  # share of the text that becomes val.bin where no validation text is given
+VAL_EVERY = 20  # of examples, every 20th is held out
 
 # ---------------------------------------------------------------------------------------------------
 # Writing
@@ -50,10 +62,14 @@ def write_dataset(directory, documents, tokenizer, source):
         with atomic_write(directory / f"{split}.bin") as path:
             progress = tqdm(texts, f"tokenizing {split}", unit=" documents")
             meta["tokens"][split], meta["crc32"][split] = _write_tokens(path, progress, encoding)
-    with atomic_write(directory / "meta.json") as path:
-        path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    _write_meta(directory, meta)
     counts = ", ".join(f"{count:,} tokens for {split}" for split, count in meta["tokens"].items())
     print(f"{directory}: {counts} ({tokenizer} tokenizer)")
+
+
+def _write_meta(directory, meta):
+    with atomic_write(directory / "meta.json") as path:
+        path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tokens(path, texts, encoding):
@@ -72,7 +88,7 @@ def _token_type(vocab_size):
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def prepare_text(directory, source, val, tokenizer, split_documents=lambda text: [text]):
+def write_own_text(directory, source, val, tokenizer, split_documents=lambda text: [text]):
     """Prepare a text file of one's own; without `val`, a file of validation text, the end of `source` is held out."""
     text = read_text(source)
     train, held_out = (text, read_text(val)) if val else _hold_out(text)
@@ -115,21 +131,150 @@ def load_from_hub(path, **options):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Writing examples
+
+
+class SkippedRow(ValueError):
+    """A row that cannot become an example; the message is the reason, under which it is counted."""
+
+
+def write_examples(directory, rows, tokenize, tokenizer, block_size, source, total=None):
+    """Make examples of `rows`, of which there are `total`, on all cores and in memory that does not grow with them.
+
+    tokenize(row, encoding, block_size) returns the rows of an example, [(ids, mask), ...], or raises SkippedRow. Ids
+    beyond block_size are cut off. Raises UserError unless there is an example to train on and one to hold out.
+    """
+    directory, encoding = Path(directory), get_tokenizer(tokenizer)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "meta.json").unlink(missing_ok=True)
+    report = Counter(rows=0, cut=0)
+    with contextlib.ExitStack() as files:
+        train, val = (_ExampleWriter(directory, split, files) for split in ("train", "val"))
+        results = _tokenize_all(rows, (tokenize, tokenizer, block_size))
+        for example, cut, skipped in tqdm(results, "tokenizing", total, unit=" rows"):
+            report.update(rows=1, cut=cut, **{skipped: 1} if skipped else {})
+            if example:
+                (train if (train.examples + val.examples) % VAL_EVERY else val).add(example)
+    writers = {"train": train, "val": val}
+    if not train.examples:
+        raise UserError(f"{source} has {val.examples} usable examples; the least is 2 ({dict(report)})")
+    meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "block_size": block_size, "source": source}
+    for count in ("examples", "tokens", "crc32"):
+        meta[count] = {split: getattr(writer, count) for split, writer in writers.items()}
+    _write_meta(directory, meta | {"report": report})
+    counts = ", ".join(f"{count:,} examples for {split}" for split, count in meta["examples"].items())
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in report.items())
+    print(f"{directory}: {counts} ({tokenizer} tokenizer); {skipped}")
+
+
+class _ExampleWriter:
+    """Writes examples to SPLIT.bin, SPLIT.mask.bin and SPLIT.offsets.bin, which `files`, an ExitStack, completes."""
+
+    def __init__(self, directory, split, files):
+        def start(name):
+            return files.enter_context(open(files.enter_context(atomic_write(directory / name)), "wb"))
+
+        self.ids, self.mask, self.offsets = map(start, (f"{split}.bin", f"{split}.mask.bin", f"{split}.offsets.bin"))
+        self.examples = self.tokens = self.crc32 = 0
+        self.offsets.write(np.int64(0))
+
+    def add(self, example):
+        for ids, mask in example:
+            self.tokens += len(ids)
+            self.crc32 = zlib.crc32(mask, zlib.crc32(ids, self.crc32))
+            self.ids.write(ids)
+            self.mask.write(mask)
+            self.offsets.write(np.int64(self.tokens))
+        self.examples += 1
+
+
+def _tokenize_all(rows, work):
+    """Yield _tokenize's result for every row, in order. Only so many rows are under way at once."""
+    rows, under_way = iter(rows), deque()
+    ignore_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # this process answers it
+    with ProcessPoolExecutor(**ignore_ctrl_c) as pool:
+        while chunk := list(itertools.islice(rows, 64)):
+            under_way.append(pool.submit(_tokenize_chunk, chunk, *work))
+            if len(under_way) > 4 * os.cpu_count():
+                yield from under_way.popleft().result()
+        while under_way:
+            yield from under_way.popleft().result()
+
+
+def _tokenize_chunk(rows, tokenize, tokenizer, block_size):
+    """For each row: the rows of its example as pairs of arrays, whether they were cut, and why it is skipped, or ""."""
+    encoding, results = get_tokenizer(tokenizer), []
+    id_type = _token_type(encoding.n_vocab)
+    for row in rows:
+        try:
+            example = tokenize(row, encoding, block_size)
+        except SkippedRow as error:
+            results.append(([], 0, str(error)))
+            continue
+        arrays = [(np.array(ids[:block_size], id_type), np.array(mask[:block_size], np.uint8)) for ids, mask in example]
+        results.append((arrays, int(any(len(ids) > block_size for ids, _ in example)), ""))
+    return results
+
+
+def open_rows(hub_name, revision, source):
+    """The rows of a data set on the hub, or of the JSONL file `source`; how many there are; and where they are from."""
+    if not source:
+        rows = load_from_hub(hub_name, split="train", revision=revision)
+        return rows, len(rows), f"{hub_name} {revision}"
+    try:
+        with open(source, "rb") as file:
+            total = sum(1 for _ in file)
+    except OSError as error:
+        raise UserError(f"cannot read {source}: {error.strerror}") from error
+    return _read_jsonl(source), total, str(Path(source).resolve())
+
+
+def _read_jsonl(path):
+    """Yield the value in every line; None for a line that is not JSON in UTF-8."""
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                yield json.loads(line.decode())
+            except (ValueError, RecursionError):
+                yield None
+
+
+def prepare_examples(description, prepare, home, kind):
+    """The command line of a prepare.py for examples; `home` is the data set's folder."""
+    parser = Parser(description)
+    parser.add_argument("--source", default="", help="local JSONL file, instead of the hub")
+    parser.add_argument("--tokenizer", default="gpt2", choices=TOKENIZERS)
+    parser.add_argument("--block_size", default=2048, type=int, help="longer examples are cut (default: 2048)")
+    parser.add_argument(
+        "--out_dir", default=home, help=f"the data set's folder, for a folder {kind} (default: this one)"
+    )
+    args = parser.parse_args()
+    if args.block_size < 2:
+        raise UserError(f"--block_size {args.block_size} has no room for an answer")
+    prepare(Path(args.out_dir) / kind, args.source, args.tokenizer, args.block_size)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Reading
 
 
-def prepared_directory(name, source, tokenizer):
-    """The folder of the data set `name`, a folder in data/ or a path with a slash. It is prepared first if it is
-    missing, or was made from something else than the local file `source`, or from an older version of it."""
-    directory = Path(name) if "/" in name else Path(__file__).parent / name
-    if _is_prepared(directory / "meta.json", source):
-        return directory
-    has_own = "/" not in name and (directory / "prepare.py").exists()
+def prepared_directory(name, source, kind="", **options):
+    """The folder of the data set `name`, a folder in data/ or a path with a slash; of its `kind`, "" for text or sft or
+    dpo. It is prepared first, with `options`, if it is missing, or was made from something else than the local file
+    `source`, or from an older version of it."""
+    reader, file = READERS[kind]
+    home = Path(name) if "/" in name else Path(__file__).parent / name
+    if _is_prepared(home / kind / "meta.json", source):
+        return home / kind
+    has_own = "/" not in name and (home / "prepare.py").exists()
     if not has_own and not source:
-        raise UserError(f"there is no data set {name}; --dataset {name} --source FILE makes one from a text file")
-    module = importlib.import_module(f"data.{name if has_own else 'wikitext2'}.prepare")
-    module.prepare(directory, source=source, tokenizer=tokenizer)
-    return directory
+        raise UserError(f"there is no data set {name}; --dataset {name} --source FILE makes one from a {file}")
+    module = importlib.import_module(f"data.{name if has_own else reader}.prepare")
+    prepare = getattr(module, f"prepare_{kind or 'text'}", None)
+    if prepare is None:
+        raise UserError(f"the data set {name} is not for {kind or 'pretraining'}; {reader} is")
+    prepare(home / kind, source=source, **options)
+    return home / kind
 
 
 def _is_prepared(meta, source):
@@ -139,35 +284,80 @@ def _is_prepared(meta, source):
     return same and Path(source).exists() and Path(source).stat().st_mtime <= meta.stat().st_mtime
 
 
-def read_meta(directory):
-    """meta.json of a prepared data set as a dict; raises UserError if it is missing or not one."""
+def read_meta(directory, tokenizer=""):
+    """meta.json of a prepared data set; raises UserError if it is missing, damaged or of another tokenizer."""
     path = Path(directory) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        meta = {key: meta[key] for key in ("tokenizer", "vocab_size", "tokens", "crc32", "source")}
+        if not {"tokenizer", "crc32", "source"} <= meta.keys():
+            raise KeyError
         if not isinstance(meta["vocab_size"], int) or not isinstance(meta["tokens"], dict):
             raise TypeError
-        return meta
     except OSError as error:
         raise UserError(f"{directory} is not a prepared data set: {path} cannot be read") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged; delete it to prepare the data again") from error
+    if tokenizer not in ("", meta["tokenizer"]):
+        raise UserError(
+            f"{directory} was prepared with --tokenizer {meta['tokenizer']}, not {tokenizer}; "
+            "give the other data another --dataset name"
+        )
+    return meta
 
 
-def open_tokens(directory, split, meta, block_size):
-    """Memory-map one split (N,), checked against its meta.json and against block_size + 1, the shortest usable."""
+def open_tokens(directory, split, meta, block_size=0):
+    """Memory-map the ids of one split (N,), checked against meta.json and for being more than block_size."""
     path = Path(directory) / f"{split}.bin"
-    try:
-        tokens = np.memmap(path, dtype=_token_type(meta["vocab_size"]), mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if len(tokens) != meta["tokens"].get(split):
-        raise UserError(f"{path} has {len(tokens):,} tokens, meta.json says {meta['tokens'].get(split)}: damaged?")
+    tokens = _memory_map(path, _token_type(meta["vocab_size"]), meta["tokens"].get(split))
     if len(tokens) <= block_size:
         raise UserError(f"{path} has {len(tokens):,} tokens: too few for a block_size of {block_size}")
     if (largest := int(tokens.max())) >= meta["vocab_size"]:
         raise UserError(f"{path} holds token id {largest}, outside the vocabulary of {meta['vocab_size']}")
     return tokens
+
+
+def _memory_map(path, kind, length):
+    try:
+        numbers = np.memmap(path, dtype=kind, mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if len(numbers) != length:
+        raise UserError(f"{path} has {len(numbers):,} entries, by meta.json it should have {length}: damaged?")
+    return numbers
+
+
+@dataclass
+class Examples:
+    """Row r is ids[offsets[r] : offsets[r + 1]], and mask likewise; `group` neighbouring rows are an example."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    offsets: np.ndarray
+    group: int
+
+    def __len__(self):
+        return (len(self.offsets) - 1) // self.group
+
+    def lengths(self):
+        """How long the longest row of every example is (N,)."""
+        return np.diff(self.offsets).reshape(-1, self.group).max(axis=1)
+
+
+def open_examples(directory, split, meta, group, block_size):
+    """Memory-map the Examples of one split; raises UserError if they are damaged or longer than block_size."""
+    directory, tokens, examples = Path(directory), meta["tokens"].get(split), meta.get("examples", {}).get(split, 0)
+    ids = open_tokens(directory, split, meta)
+    mask = _memory_map(directory / f"{split}.mask.bin", np.uint8, tokens)
+    offsets = _memory_map(directory / f"{split}.offsets.bin", np.int64, examples * group + 1)
+    lengths = np.diff(offsets)
+    if offsets[0] != 0 or offsets[-1] != tokens or lengths.min() < 1 or not mask.max() == 1:
+        raise UserError(f"{directory / f'{split}.offsets.bin'} or {split}.mask.bin beside it is damaged")
+    if lengths.max() > block_size:
+        raise UserError(
+            f"{directory} has examples of {lengths.max():,} tokens, and the model's context is {block_size}; "
+            "give the shorter ones another --dataset name, or delete the folder to prepare them again"
+        )
+    return Examples(ids, mask, offsets, group)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -205,16 +395,62 @@ def _windows(tokens, starts, block_size):
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
+def bucketed_epoch(lengths, batch_size, seed, epoch):
+    """The batches of one pass over examples of these lengths (N,) -> (N // batch_size, batch_size) numbers of examples.
+
+    Examples of similar length come together, for little padding: shuffle them, sort runs of 64 batches by length, then
+    shuffle the batches. Fewer than batch_size, others in every epoch, are left out. All depends on (seed, epoch) alone.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))[: len(lengths) // batch_size * batch_size]
+    runs = np.split(order, range(64 * batch_size, len(order), 64 * batch_size))
+    in_order = np.concatenate([run[np.argsort(lengths[run], kind="stable")] for run in runs])
+    return rng.permutation(in_order.reshape(-1, batch_size))
+
+
+def padded_length(length, block_size):
+    """The next of 64, 96, 128, 192, 256, 384, ..., but at most block_size: so few lengths need few kernels compiled and
+    planned, and at most a third is padding (beyond 64)."""
+    sizes = (size for octave in itertools.count(6) for size in (2**octave, 3 * 2**octave // 2))
+    return min(next(size for size in sizes if size >= length), block_size)
+
+
+def collate(examples, numbers, block_size):
+    """A micro-batch of some examples -> idx (R, T), positions (M,), targets (M,), int64.
+
+    Rows are padded at the right. That needs no mask: attention is causal, so no real token sees the padding behind it,
+    and what the padding itself computes is not asked for. `positions`, in the flattened idx, are those whose next id is
+    to be learned, and `targets` those ids; filled up to one of 16 sizes with other positions, whose targets are -100.
+    With two rows an example, the first rows of all come first.
+    """
+    rows = np.concatenate([numbers * examples.group + place for place in range(examples.group)])
+    lengths = examples.offsets[rows + 1] - examples.offsets[rows]
+    T = padded_length(int(lengths.max()), block_size)
+    idx, learned = np.zeros((len(rows), T), np.int64), np.zeros((len(rows), T), bool)
+    for i, start, length in zip(itertools.count(), examples.offsets[rows], lengths):
+        idx[i, :length] = examples.ids[start : start + length]
+        learned[i, : length - 1] = examples.mask[start + 1 : start + length]  # position t predicts id t + 1
+    count, step = learned.sum(), -(-learned.size // 16)
+    positions = np.argsort(~learned.ravel(), kind="stable")[: -(-count // step) * step]  # the learned ones come first
+    targets = np.full(len(positions), -100)
+    targets[:count] = idx.ravel()[positions[:count] + 1]
+    return tuple(map(torch.from_numpy, (idx, positions, targets)))
+
+
 def prefetch(make_batch, steps, device):
-    """Yield make_batch(step), a tuple of tensors, on `device` for every step; a thread makes the next one meanwhile."""
+    """Yield make_batch(step), (work, micro-batches), for every step, with the micro-batches' tensors on `device`; a
+    thread makes the next one meanwhile."""
 
     def make(step):
-        batch = make_batch(step)
-        return [tensor.pin_memory() for tensor in batch] if device.type == "cuda" else batch
+        work, micro_batches = make_batch(step)
+        if device.type == "cuda":
+            micro_batches = [[tensor.pin_memory() for tensor in tensors] for tensors in micro_batches]
+        return work, micro_batches
 
     with ThreadPoolExecutor(1) as pool:
         upcoming = None
         for step in steps:
             current = upcoming or pool.submit(make, step)
             upcoming = pool.submit(make, step + 1) if step + 1 in steps else None
-            yield [tensor.to(device, non_blocking=True) for tensor in current.result()]
+            work, micro_batches = current.result()
+            yield work, [[tensor.to(device, non_blocking=True) for tensor in tensors] for tensors in micro_batches]

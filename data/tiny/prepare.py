@@ -1,9 +1,11 @@
-"""The embedded data set: the documentation that ships inside Python, a few megabytes of English and code.
+"""The embedded data sets, made of the documentation that ships inside Python: no download, a few megabytes.
 
     python -m data.tiny.prepare
 
-It needs no download: the language reference's topics (pydoc_data.topics) and the docstrings of the standard library,
-read from its source files without importing them. Another Python version has slightly other texts.
+Text: the language reference's topics (pydoc_data.topics) and the docstrings of the standard library, read from its
+source files without importing them. SFT: a question about a function, class or module, answered by the first paragraph
+of its docstring. DPO: that answer is preferred to the one that belongs to another question. Another Python version has
+slightly other texts.
 """
 
 import ast
@@ -14,10 +16,14 @@ import warnings
 from pathlib import Path
 
 from data import Parser, UserError, run_script
-from data.dataset import write_dataset
+from data.dataset import write_dataset, write_examples
+from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
+from data.slimorca.prepare import tokenize as tokenize_conversation
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 VAL_EVERY = 20  # every 20th document is held out
+DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+NAME = f"documentation of Python {platform.python_version()}"
 
 
 def topics():
@@ -29,17 +35,23 @@ def topics():
     return [text.strip() + "\n" for _, text in sorted(topics.items())]
 
 
+def library_files():
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return sorted(path for path in library.rglob("*.py") if not SKIPPED & set(path.relative_to(library).parts))
+
+
+def parse(source):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escape sequences in docstrings
+        return ast.parse(source)
+
+
 def docstrings(path):
     """The docstrings of one source file as a document, each under the line that defines what it describes."""
     source = path.read_text(encoding="utf-8", errors="replace")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escape sequences in docstrings
-        tree = ast.parse(source)
     lines, parts = source.splitlines(), []
-    for node in ast.walk(tree):
-        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            continue
-        if text := ast.get_docstring(node):
+    for node in ast.walk(parse(source)):
+        if isinstance(node, (ast.Module, *DEFINITIONS)) and (text := ast.get_docstring(node)):
             title = f"module {path.stem}" if isinstance(node, ast.Module) else lines[node.lineno - 1].strip()
             parts.append(f"{title}\n\n{text}\n")
     return "\n\n".join(parts)
@@ -47,28 +59,74 @@ def docstrings(path):
 
 def documents():
     """All texts in a fixed order, shuffled so that the held-out ones are of every kind."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(path for path in library.rglob("*.py") if not SKIPPED & set(path.relative_to(library).parts))
-    texts = topics() + [text for path in files if (text := docstrings(path))]
+    texts = topics() + [text for path in library_files() if (text := docstrings(path))]
     random.Random(0).shuffle(texts)
     return texts
 
 
-def prepare(directory, source="", val="", tokenizer="bytes"):
-    """Write the data set into `directory`; it takes no text of the user's."""
-    if source or val:
+def summaries(node, name):
+    """(name, first paragraph of the docstring in one line) of everything defined in a syntax tree."""
+    if text := ast.get_docstring(node):
+        yield name, " ".join(text.split("\n\n")[0].split())
+    for child in node.body:
+        if isinstance(child, DEFINITIONS):
+            yield from summaries(child, f"{name}.{child.name}")
+
+
+def questions():
+    """(question, answer), ... about the standard library, shuffled in a fixed order. No answer occurs twice, so that
+    none that is held out can have been learned."""
+    answers = {}
+    for path in library_files():
+        module = path.parent.name if path.stem == "__init__" else path.stem
+        for name, text in summaries(parse(path.read_text(encoding="utf-8", errors="replace")), module):
+            if 20 <= len(text) <= 160:
+                answers.setdefault(text, f"What is {name}?")
+    pairs = [(question, text) for text, question in answers.items()]
+    random.Random(0).shuffle(pairs)
+    return pairs
+
+
+def refuse_source(source):
+    if source:
         raise UserError(
-            "tiny is made of Python's own documentation; give your text a name: --dataset mine --source FILE"
+            "tiny is made of Python's own documentation; give your data a name: --dataset mine --source FILE"
         )
+
+
+def prepare_text(directory, source="", tokenizer="bytes"):
+    refuse_source(source)
     texts = documents()
     train = [text for index, text in enumerate(texts) if index % VAL_EVERY]
-    source = f"documentation of Python {platform.python_version()}"
-    write_dataset(directory, {"train": train, "val": texts[::VAL_EVERY]}, tokenizer, source)
+    write_dataset(directory, {"train": train, "val": texts[::VAL_EVERY]}, tokenizer, NAME)
+
+
+def prepare_sft(directory, source="", tokenizer="bytes", block_size=256):
+    refuse_source(source)
+    rows = [
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+        for question, answer in questions()
+    ]
+    write_examples(directory, rows, tokenize_conversation, tokenizer, block_size, NAME, len(rows))
+
+
+def prepare_dpo(directory, source="", tokenizer="bytes", block_size=256):
+    refuse_source(source)
+    pairs = questions()
+    others = [answer for _, answer in pairs[1:] + pairs[:1]]  # of the question that comes next
+    rows = [
+        {"system": "", "question": question, "chosen": answer, "rejected": other}
+        for (question, answer), other in zip(pairs, others)
+    ]
+    write_examples(directory, rows, tokenize_pair, tokenizer, block_size, NAME, len(rows))
 
 
 def main():
     Parser(__doc__).parse_args()
-    prepare(Path(__file__).parent)
+    home = Path(__file__).parent
+    prepare_text(home)
+    prepare_sft(home / "sft")
+    prepare_dpo(home / "dpo")
 
 
 if __name__ == "__main__":

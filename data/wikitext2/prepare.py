@@ -7,7 +7,7 @@ python -m data.wikitext2.prepare --source train.txt --val valid.txt --out_dir da
 from pathlib import Path
 
 from data import Parser, UserError, run_script
-from data.dataset import load_from_hub, prepare_text, write_dataset
+from data.dataset import load_from_hub, write_dataset, write_own_text
 from data.tokenizer import TOKENIZERS
 
 HUB_NAME, HUB_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
@@ -26,10 +26,10 @@ def split_articles(text):
     return [*articles, "".join(lines)]
 
 
-def prepare(directory, source="", val="", tokenizer="gpt2"):
+def prepare_text(directory, source="", val="", tokenizer="gpt2"):
     """Write the data set into `directory` from the hub, or from the text files `source` and `val`."""
     if source:
-        return prepare_text(directory, source, val, tokenizer, split_articles)
+        return write_own_text(directory, source, val, tokenizer, split_articles)
     hub = load_from_hub(HUB_NAME, name=HUB_CONFIG, revision=HUB_REVISION)
     splits = {"train": "train", "val": "validation"}
     documents = {split: split_articles("".join(hub[name]["text"])) for split, name in splits.items()}
@@ -47,7 +47,7 @@ def main():
     args = parser.parse_args()
     if args.val and not args.source:
         raise UserError("--val goes with --source")
-    prepare(args.out_dir, args.source, args.val, args.tokenizer)
+    prepare_text(args.out_dir, args.source, args.val, args.tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""SlimOrca, 518 thousand conversations with answers by GPT-4, or a JSONL file of your own in the same form.
+
+    python -m data.slimorca.prepare
+    python -m data.slimorca.prepare --source my.jsonl --out_dir data/mine
+
+A line of it: {"conversations": [{"from": "system", "value": "..."}, {"from": "human", "value": "..."},
+{"from": "gpt", "value": "..."}]}, with or without the system's turn, and with as many others as there are.
+"""
+
+from pathlib import Path
+
+from data import run_script
+from data.chat import render
+from data.dataset import SkippedRow, open_rows, prepare_examples, write_examples
+
+HUB_NAME, HUB_REVISION = "Open-Orca/SlimOrca", "ce9ed009ef3292bac33d3520afaf5ec804066120"
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+
+
+def messages(row):
+    """The turns of a row as [(role, text), ...], without an empty system turn; raises SkippedRow if it is malformed."""
+    try:
+        turns = [(ROLES[turn["from"]], turn["value"].strip()) for turn in row["conversations"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise SkippedRow("malformed") from error
+    turns = [(role, text) for role, text in turns if text or role != "system"]
+    if not all(text for _, text in turns):
+        raise SkippedRow("with an empty turn")
+    return turns
+
+
+def tokenize(row, encoding, block_size):
+    """One row of ids and mask; raises SkippedRow if there is nothing in it to learn."""
+    ids, mask = render(messages(row), encoding)
+    if not any(mask):
+        raise SkippedRow("without an answer")
+    if not any(mask[:block_size]):
+        raise SkippedRow("whose answers begin beyond the context")
+    return [(ids, mask)]
+
+
+def prepare_sft(directory, source="", tokenizer="gpt2", block_size=2048):
+    """Write the examples into `directory`, from the hub or from the JSONL file `source`."""
+    rows, total, name = open_rows(HUB_NAME, HUB_REVISION, source)
+    write_examples(directory, rows, tokenize, tokenizer, block_size, name, total)
+
+
+if __name__ == "__main__":
+    run_script(lambda: prepare_examples(__doc__, prepare_sft, Path(__file__).parent, "sft"))

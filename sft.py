@@ -1,0 +1,219 @@
+"""Supervised fine-tuning (SFT) with LoRA: teach a pretrained model to answer.
+
+python sft.py                                    # from out/pretrain/best.pt, on the data that fits its tokenizer
+python sft.py --dataset mine --source my.jsonl   # your own conversations; data/slimorca/prepare.py shows their form
+python sft.py --resume                           # go on after an interruption
+"""
+
+import copy
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import UserError, run_script
+from data.dataset import bucketed_epoch, collate, open_examples, prepared_directory, read_meta
+from data.tokenizer import IM_END, get_tokenizer
+from lora import apply_lora, lora_state_dict, merge_lora
+from model import ATTENTION, GPT
+from train import (
+    CommonSettings,
+    Run,
+    add_share,
+    autocast,
+    carry_out,
+    choose_preset,
+    flag,
+    load_checkpoint,
+    load_weights,
+    make_optimizer,
+    maybe_compile,
+    parse_flags,
+    resumed_settings,
+    saved_config,
+)
+
+# ---------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass
+class TuningSettings(CommonSettings):
+    """What SFT and DPO have in common."""
+
+    attn: str = flag("", "attention mechanism; only the checkpoint's will do", choices=tuple(ATTENTION))
+    source: str = flag("", "local JSONL file to prepare the data set from, instead of the hub")
+    warmup_steps: int = flag(50, "steps of linear warmup, before the cosine", least=0)
+    eval_examples: int = flag(256, "held-out examples to validate on, always the same", least=1)
+    lora_rank: int = flag(64, "rank of the adapters", least=1)
+    lora_alpha: float = flag(128.0, "the adapters' part is multiplied by lora_alpha / lora_rank", least=0)
+
+
+@dataclass
+class Settings(TuningSettings):
+    """SFT. The defaults are the ldiff preset."""
+
+    dataset: str = flag("slimorca", "folder in data/, or a path with a slash")
+    out_dir: str = flag("out/sft", "where checkpoints and log.csv go")
+    init_from: str = flag("out/pretrain/best.pt", "checkpoint of the model to tune")
+    learning_rate: float = flag(2e-4, "peak", least=0)
+    lora_dropout: float = flag(0.0, "share of the adapters' inputs that is dropped", least=0)
+
+
+PRESETS = {
+    "ldiff": {},
+    "tiny": dict(dataset="tiny", max_steps=400, learning_rate=2e-3, warmup_steps=20),
+}
+
+
+def choose_settings(given, settings_class, presets, stage):
+    """The settings, and the checkpoint to start from or to resume. Flags go over the preset, the preset over the
+    defaults; the checkpoint's tokenizer decides which preset `auto` is."""
+    if given.get("resume"):
+        return resumed_settings(given, settings_class, stage)
+    path = given.get("init_from", settings_class.init_from)
+    if "init_from" not in given and not Path(path).exists():
+        raise UserError(f"there is no {path} yet, which the stage before makes; --init_from names another checkpoint")
+    start = load_checkpoint(path)
+    tokenizer, attn = start["data"].get("tokenizer"), start["config"].get("attn")
+    if given.get("attn", attn) != attn:
+        raise UserError(f"the model in {path} has the attention {attn}, not {given['attn']}")
+    preset = choose_preset(given, "tiny" if tokenizer == "bytes" else "ldiff", f"{path} has the tokenizer {tokenizer}")
+    return settings_class(**{**presets[preset], **given, "preset": preset, "attn": attn}), start
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model's part
+
+
+def token_logps(model, idx, positions, targets):
+    """Log-probabilities of `targets` (M,), the ids that follow `positions` (M,) of the flattened idx (B, T) -> (B, T)
+    float32, zero at all other positions and where a target is -100.
+
+    Logits, the largest tensor of all, are computed at `positions` alone.
+    """
+    hidden = model.hidden(idx).flatten(0, 1)[positions]  # (M, C)
+    logps = -F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
+    return logps.new_zeros(idx.numel()).index_copy(0, positions, logps).view(idx.shape)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The run
+
+
+class FineTuning(Run):
+    """LoRA on the model of the checkpoint `start`, or `start` itself resumed. SFT and DPO differ in their examples and
+    their loss."""
+
+    counted = "examples"
+    rows_per_example = 1
+
+    def __init__(self, settings, start, lora_dropout=0.0):
+        super().__init__(settings)
+        self.config = saved_config(start, settings.attn_impl)
+        self.load_data(start["data"].get("tokenizer"))
+        torch.manual_seed(settings.seed)
+        self.model = self.load_model(start, lora_dropout).to(self.device)
+        self.logps = maybe_compile(token_logps, settings.compile, self.device)
+        self.optimizer = make_optimizer(self.model, weight_decay=0.0)
+        if settings.resume:
+            self.restore(start)
+
+    def load_data(self, tokenizer):
+        s, block_size = self.settings, self.config.block_size
+        options = dict(tokenizer=tokenizer, block_size=block_size)
+        directory = prepared_directory(s.dataset, s.source, self.stage, **options)
+        self.meta, self.encoding = read_meta(directory, tokenizer), get_tokenizer(tokenizer)
+        self.train, self.val = (
+            open_examples(directory, split, self.meta, self.rows_per_example, block_size) for split in ("train", "val")
+        )
+        if len(self.train) < s.batch_size:
+            raise UserError(f"{directory} has {len(self.train)} examples, fewer than a batch of {s.batch_size}")
+        self.lengths, self.epoch = self.train.lengths(), None
+        spread = np.linspace(0, len(self.val) - 1, min(s.eval_examples, len(self.val))).astype(int)
+        self.val_batches = self.micro_batches(self.val, spread[np.argsort(self.val.lengths()[spread], kind="stable")])
+
+    def load_model(self, start, lora_dropout):
+        s, model = self.settings, GPT(self.config)
+        if not s.resume:
+            load_weights(model, start)
+        try:
+            apply_lora(model, s.lora_rank, s.lora_alpha, lora_dropout)
+        except ValueError as error:
+            raise UserError(error) from error
+        return load_weights(model, start) if s.resume else model
+
+    def make_batch(self, step):
+        batch_size = self.settings.batch_size
+        epoch, index = divmod(step - 1, len(self.train) // batch_size)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, bucketed_epoch(self.lengths, batch_size, self.settings.seed, epoch)
+        numbers = self.order[index]
+        return self.work(numbers), self.micro_batches(self.train, numbers)
+
+    def micro_batches(self, examples, numbers):
+        """The examples in micro-batches; each has, beside its tensors, what a sum over it is multiplied with to make it
+        its share of the mean over all."""
+        size = self.settings.micro_batch_size
+        parts = [collate(examples, numbers[i : i + size], self.config.block_size) for i in range(0, len(numbers), size)]
+        scale = torch.tensor(1 / self.count(parts))
+        return [(*part, scale) for part in parts]
+
+    @torch.no_grad()
+    def evaluate(self):
+        self.model.eval()  # dropout off
+        total = {}
+        for tensors in self.val_batches:
+            total = add_share(total, self.loss_of(*(tensor.to(self.device) for tensor in tensors)))
+        self.model.train()
+        values = {name: value.item() for name, value in total.items()}
+        line = f"    validation loss {values['loss']:.4f}"
+        line += "".join(f", {name} {values[name]:.3f}" for name in self.metrics[:2])
+        return {f"val_{name}": value for name, value in values.items()}, line
+
+    def save_best(self, step):
+        """best.pt, the model with its adapters merged in, and adapter.pt, the adapters alone."""
+        self.write("adapter.pt", step, lora_state_dict(self.model))
+        self.write("best.pt", step, merge_lora(copy.deepcopy(self.model)).state_dict())
+
+    def sample(self, max_new_tokens=200):
+        """The answer to the first held-out prompt."""
+        ids, end = self.val.ids[: self.val.offsets[1]], self.encoding.encode_single_token(IM_END)
+        prompt = ids[: self.val.mask.argmax()].astype(np.int64)
+        start = torch.from_numpy(prompt)[None].to(self.device)
+        with autocast(self.device):
+            stream = self.model.stream(start, max_new_tokens, temperature=0.8, top_k=50, n_vocab=self.encoding.n_vocab)
+            answer = list(itertools.takewhile(lambda token: token != end, (token.item() for token in stream)))
+        return self.encoding.decode([*prompt, *answer], errors="replace")
+
+
+class SFT(FineTuning):
+    """The loss is the mean cross-entropy in nats over the answers' tokens of a batch."""
+
+    stage = "sft"
+
+    def __init__(self, settings, start):
+        super().__init__(settings, start, settings.lora_dropout)
+
+    def work(self, numbers):
+        return int(self.lengths[numbers].sum())  # tokens, padding not counted
+
+    def count(self, parts):
+        return sum((targets != -100).sum().item() for _, _, targets in parts)
+
+    def loss_of(self, idx, positions, targets, scale):
+        with autocast(self.device):
+            logps = self.logps(self.model, idx, positions, targets)
+        return {"loss": -logps.sum() * scale}
+
+
+def main():
+    given = parse_flags(Settings, __doc__, PRESETS["tiny"])
+    carry_out(SFT(*choose_settings(given, Settings, PRESETS, SFT.stage)))
+
+
+if __name__ == "__main__":
+    run_script(main)
