@@ -113,12 +113,10 @@ def _sdpa(q, k, v, softmax_scale, causal):
     if not has_cudnn_attention(q):  # cuDNN alone has a fused kernel for values that differ from the keys
         q, k, v = _equalize(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-    T, S = q.size(2), k.size(2)
-    # PyTorch aligns is_causal to the top left; the two agree only for T == S.
-    mask = _causal_mask(T, S, q.device) if causal and T != S else None
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and T == S, scale=softmax_scale, enable_gqa=True
-    )
+    T, S, mask = q.size(2), k.size(2), None
+    if causal and T != S:  # PyTorch aligns is_causal to the top left; the two agree only for T == S
+        mask, causal = _causal_mask(T, S, q.device), False
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=softmax_scale, enable_gqa=True)
     return y.transpose(1, 2)
 
 

@@ -23,6 +23,13 @@ from data.slimorca.prepare import tokenize as tokenize_conversation
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 VAL_EVERY = 20  # every 20th document is held out
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+FUNCTION = "What does the function {} do?"
+QUESTIONS = {
+    ast.Module: "What is the module {} for?",
+    ast.ClassDef: "What is the class {}?",
+    ast.FunctionDef: FUNCTION,
+    ast.AsyncFunctionDef: FUNCTION,
+}
 NAME = f"documentation of Python {platform.python_version()}"
 
 
@@ -65,9 +72,9 @@ def documents():
 
 
 def summaries(node, name):
-    """(name, first paragraph of the docstring in one line) of everything defined in a syntax tree."""
+    """(question, first paragraph of the docstring in one line), ... about everything defined in a syntax tree."""
     if text := ast.get_docstring(node):
-        yield name, " ".join(text.split("\n\n")[0].split())
+        yield QUESTIONS[type(node)].format(name), " ".join(text.split("\n\n")[0].split())
     for child in node.body:
         if isinstance(child, DEFINITIONS):
             yield from summaries(child, f"{name}.{child.name}")
@@ -79,9 +86,9 @@ def questions():
     answers = {}
     for path in library_files():
         module = path.parent.name if path.stem == "__init__" else path.stem
-        for name, text in summaries(parse(path.read_text(encoding="utf-8", errors="replace")), module):
+        for question, text in summaries(parse(path.read_text(encoding="utf-8", errors="replace")), module):
             if 20 <= len(text) <= 160:
-                answers.setdefault(text, f"What is {name}?")
+                answers.setdefault(text, question)
     pairs = [(question, text) for text, question in answers.items()]
     random.Random(0).shuffle(pairs)
     return pairs
@@ -110,14 +117,20 @@ def prepare_sft(directory, source="", tokenizer="bytes", block_size=256):
     write_examples(directory, rows, tokenize_conversation, tokenizer, block_size, NAME, len(rows))
 
 
+def preferences():
+    """Rows with a right answer, preferred, and a wrong one: to a question about a function the docstring of a class or
+    module, and the other way round, which even a small model can tell apart. Every answer is used once."""
+    functions = [pair for pair in questions() if pair[0].startswith("What does")]
+    others = [pair for pair in questions() if not pair[0].startswith("What does")]
+    for index, ((function, does), (other, is_)) in enumerate(zip(functions, others)):
+        about_function = {"question": function, "chosen": does, "rejected": is_}
+        about_other = {"question": other, "chosen": is_, "rejected": does}
+        yield {"system": "", **(about_function if index % 2 else about_other)}
+
+
 def prepare_dpo(directory, source="", tokenizer="bytes", block_size=256):
     refuse_source(source)
-    pairs = questions()
-    others = [answer for _, answer in pairs[1:] + pairs[:1]]  # of the question that comes next
-    rows = [
-        {"system": "", "question": question, "chosen": answer, "rejected": other}
-        for (question, answer), other in zip(pairs, others)
-    ]
+    rows = list(preferences())
     write_examples(directory, rows, tokenize_pair, tokenizer, block_size, NAME, len(rows))
 
 
