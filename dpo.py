@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import sft
 from data import run_script
 from lora import disable_lora
-from train import autocast, carry_out, flag, parse_flags
+from train import carry_out, flag, parse_flags
 
 
 def dpo_loss(
@@ -78,10 +78,9 @@ class DPO(sft.FineTuning):
 
     def loss_of(self, idx, positions, targets, scale):
         """idx (2 * pairs, T): the chosen answers with their prompts, then the rejected ones, in one forward pass."""
-        with autocast(self.device):
-            policy = self.logps(self.model, idx, positions, targets).sum(dim=-1)
-            with torch.no_grad(), disable_lora(self.model):
-                reference = self.logps(self.model, idx, positions, targets).sum(dim=-1)
+        policy = self.token_logps(idx, positions, targets).sum(dim=-1)  # (2 * pairs,)
+        with torch.no_grad(), disable_lora(self.model):
+            reference = self.token_logps(idx, positions, targets).sum(dim=-1)
         s, chosen, rejected = self.settings, *policy.chunk(2)
         losses, *rewards = dpo_loss(chosen, rejected, *reference.chunk(2), s.beta, s.label_smoothing)
         margins = rewards[0] - rewards[1]

@@ -30,10 +30,10 @@ from train import (
     load_checkpoint,
     load_weights,
     make_optimizer,
-    maybe_compile,
     parse_flags,
     resumed_settings,
     saved_config,
+    wants_compile,
 )
 
 # ---------------------------------------------------------------------------------------------------
@@ -89,15 +89,33 @@ def choose_settings(given, settings_class, presets, stage):
 # The model's part
 
 
-def token_logps(model, idx, positions, targets):
+def head_logps(lm_head, hidden, targets):
+    """Log-probabilities of the ids `targets` (M,) after the states `hidden` (M, C) -> (M,) float32, 0 for -100."""
+    return -F.cross_entropy(lm_head(hidden).float(), targets, reduction="none")
+
+
+def token_logps(model, idx, positions, targets, head_logps=head_logps):
     """Log-probabilities of `targets` (M,), the ids that follow `positions` (M,) of the flattened idx (B, T) -> (B, T)
     float32, zero at all other positions and where a target is -100.
 
     Logits, the largest tensor of all, are computed at `positions` alone.
     """
     hidden = model.hidden(idx).flatten(0, 1)[positions]  # (M, C)
-    logps = -F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
+    logps = head_logps(model.lm_head, hidden, targets)
     return logps.new_zeros(idx.numel()).index_copy(0, positions, logps).view(idx.shape)
+
+
+def compile_layers(model):
+    """Compile a model's layers in place, for any batch and length, and return head_logps compiled likewise.
+
+    Batches come in many shapes, for which compiling a whole model would take minutes; its layers share one program.
+    Each operation rounds to bf16 as it does uncompiled: DPO's policy and reference are different programs, and would
+    otherwise differ a little where they should not.
+    """
+    options = dict(dynamic=True, options={"emulate_precision_casts": True})
+    for layer in model.layers:
+        layer.compile(**options)
+    return torch.compile(head_logps, **options)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -117,7 +135,8 @@ class FineTuning(Run):
         self.load_data(start["data"].get("tokenizer"))
         torch.manual_seed(settings.seed)
         self.model = self.load_model(start, lora_dropout).to(self.device)
-        self.logps = maybe_compile(token_logps, settings.compile, self.device)
+        compiling = wants_compile(settings.compile, self.device)
+        self.head_logps = compile_layers(self.model) if compiling else head_logps
         self.optimizer = make_optimizer(self.model, weight_decay=0.0)
         if settings.resume:
             self.restore(start)
@@ -162,6 +181,10 @@ class FineTuning(Run):
         scale = torch.tensor(1 / self.count(parts))
         return [(*part, scale) for part in parts]
 
+    def token_logps(self, idx, positions, targets):
+        with autocast(self.device):
+            return token_logps(self.model, idx, positions, targets, self.head_logps)
+
     @torch.no_grad()
     def evaluate(self):
         self.model.eval()  # dropout off
@@ -184,7 +207,7 @@ class FineTuning(Run):
         ids, end = self.val.ids[: self.val.offsets[1]], self.encoding.encode_single_token(IM_END)
         prompt = ids[: self.val.mask.argmax()].astype(np.int64)
         start = torch.from_numpy(prompt)[None].to(self.device)
-        with autocast(self.device):
+        with autocast(self.device), torch.compiler.set_stance("force_eager"):  # no program for every new length
             stream = self.model.stream(start, max_new_tokens, temperature=0.8, top_k=50, n_vocab=self.encoding.n_vocab)
             answer = list(itertools.takewhile(lambda token: token != end, (token.item() for token in stream)))
         return self.encoding.decode([*prompt, *answer], errors="replace")
@@ -205,9 +228,7 @@ class SFT(FineTuning):
         return sum((targets != -100).sum().item() for _, _, targets in parts)
 
     def loss_of(self, idx, positions, targets, scale):
-        with autocast(self.device):
-            logps = self.logps(self.model, idx, positions, targets)
-        return {"loss": -logps.sum() * scale}
+        return {"loss": -self.token_logps(idx, positions, targets).sum() * scale}
 
 
 def main():

@@ -226,8 +226,8 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def maybe_compile(model, mode, device):
-    return torch.compile(model) if mode == "on" or (mode == "auto" and device.type == "cuda") else model
+def wants_compile(mode, device):
+    return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
 def make_optimizer(model, weight_decay):
@@ -616,7 +616,7 @@ class Pretraining(Run):
             check_shape(start, config)
             load_weights(self.model, start)
         self.model.to(self.device)
-        self.compiled = maybe_compile(self.model, settings.compile, self.device)
+        self.compiled = torch.compile(self.model) if wants_compile(settings.compile, self.device) else self.model
         self.optimizer = make_optimizer(self.model, settings.weight_decay)
         if settings.resume:
             self.restore(start)
