@@ -230,7 +230,10 @@ class DiffAttnV1(Attention):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.n_group = config.n_kv_head // 2
-        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)  # layers count from 0
+        lambda_init = torch.tensor(0.8 - 0.6 * math.exp(-0.3 * layer), dtype=torch.float64)  # layers count from 0
+        self.register_buffer(
+            "lambda_init", lambda_init, persistent=False
+        )  # not a float, of which each is compiled anew
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
             self.register_parameter(name, nn.Parameter(torch.zeros(config.head_dim).normal_(std=0.1)))
         self.subln = RMSNorm(2 * config.head_dim, config.norm_eps)
@@ -238,7 +241,7 @@ class DiffAttnV1(Attention):
     def lam(self, x):
         """The factor of the second map: a scalar in float32, whatever x is."""
         q1, k1, q2, k2 = map(at_least_float32, (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
-        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
+        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init.type_as(q1)
 
     def forward(self, x, rope):
         q, k, v = self.qkv(x, rope)
@@ -247,8 +250,8 @@ class DiffAttnV1(Attention):
         q = q.transpose(3, 4).flatten(2, 4)  # (B, T, group * map * pair, D)
         y = attention(q, k, v, causal=True, impl=self.impl)  # (B, T, group * map * pair, 2D)
         y1, y2 = y.unflatten(2, (self.n_group, 2, -1)).unbind(3)  # (B, T, group, pair, 2D) each
-        y = self.subln(y1 - self.lam(x) * y2) * (1 - self.lambda_init)
-        return self.o_proj(y.flatten(2))
+        y = at_least_float32(self.subln(y1 - self.lam(x) * y2)) * (1 - self.lambda_init)
+        return self.o_proj(y.type_as(x).flatten(2))
 
 
 class DiffAttnV2(Attention):

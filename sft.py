@@ -112,6 +112,7 @@ def compile_layers(model):
     Each operation rounds to bf16 as it does uncompiled: DPO's policy and reference are different programs, and would
     otherwise differ a little where they should not.
     """
+    torch._dynamo.config.specialize_float = True  # only sizes vary; a variable float would be computed on the CPU
     options = dict(dynamic=True, options={"emulate_precision_casts": True})
     for layer in model.layers:
         layer.compile(**options)
