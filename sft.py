@@ -144,9 +144,9 @@ class FineTuning(Run):
 
     def load_data(self, tokenizer):
         s, block_size = self.settings, self.config.block_size
-        options = dict(tokenizer=tokenizer, block_size=block_size)
+        self.encoding, options = get_tokenizer(tokenizer), dict(tokenizer=tokenizer, block_size=block_size)
         directory = prepared_directory(s.dataset, s.source, self.stage, **options)
-        self.meta, self.encoding = read_meta(directory, tokenizer), get_tokenizer(tokenizer)
+        self.meta = read_meta(directory, tokenizer)
         self.train, self.val = (
             open_examples(directory, split, self.meta, self.rows_per_example, block_size) for split in ("train", "val")
         )

@@ -172,9 +172,9 @@ def load_weights(model, checkpoint):
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        resumes = "optimizer" in checkpoint and checkpoint["stage"] != "pretrain"
-        hint = "; it is one to --resume, and best.pt beside it holds the model" if resumes else ""
-        raise UserError(f"the checkpoint's weights do not fit its config{hint}") from error
+        is_tuned = any(".lora_" in name for name in checkpoint["model"])
+        hint = ": its adapters are apart, but best.pt beside it holds the whole model" if is_tuned else ""
+        raise UserError(f"the checkpoint's weights do not fit{hint}") from error
     return model
 
 

@@ -13,11 +13,11 @@ from data.dataset import (
     fixed_batches,
     open_tokens,
     prefetch,
-    prepare_text,
     prepared_directory,
     read_meta,
     sample_batch,
     write_dataset,
+    write_own_text,
 )
 from data.tiny import prepare as tiny
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
@@ -105,7 +105,7 @@ def test_large_vocabularies_take_four_bytes_a_token():
     "damage, message",
     [(lambda f: (f / "train.bin").unlink(), "cannot read"),
      (lambda f: (f / "train.bin").write_bytes(b""), "cannot read"),
-     (lambda f: (f / "train.bin").write_bytes(bytes(20)), "has 10 tokens, meta.json says 22"),
+     (lambda f: (f / "train.bin").write_bytes(bytes(20)), "has 10 entries, by meta.json it should have 22"),
      (lambda f: (f / "train.bin").write_bytes(bytes(43)), "cannot read"),
      (lambda f: (f / "train.bin").write_bytes(bytes(42) + b"\xff\xff"), "token id 65535, outside the vocabulary"),
      (lambda f: (f / "meta.json").unlink(), "not a prepared data set"),
@@ -159,7 +159,7 @@ def test_wikitext_from_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr(wikitext2, "write_dataset", lambda *args, **options: asked.update(documents=args[1]))
-    wikitext2.prepare(tmp_path)
+    wikitext2.prepare_text(tmp_path)
     assert asked["path"] == "Salesforce/wikitext"
     assert asked["name"] == "wikitext-2-raw-v1" and len(asked["revision"]) == 40
     assert asked["documents"] == {"train": [" = A = \n text\n", " = B = \n more\n"], "val": [" = C = \n"]}
@@ -171,17 +171,17 @@ def test_hub_out_of_reach(tmp_path, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"(?s)cannot be loaded.*--source FILE.*--preset tiny"):
-        wikitext2.prepare(tmp_path)
+        wikitext2.prepare_text(tmp_path)
 
 
 def test_own_text_with_and_without_validation_text(tmp_path):
     text, val = tmp_path / "text.txt", tmp_path / "val.txt"
     text.write_text("".join(f"line {i}\n" for i in range(100)))
     val.write_text("other")
-    prepare_text(tmp_path / "a", text, val, "bytes")
+    write_own_text(tmp_path / "a", text, val, "bytes")
     assert read_meta(tmp_path / "a")["tokens"] == {"train": len(text.read_text()) + 1, "val": 6}
 
-    prepare_text(tmp_path / "b", text, "", "bytes")
+    write_own_text(tmp_path / "b", text, "", "bytes")
     decode = get_tokenizer("bytes").decode
     train, held_out = (
         decode(np.fromfile(tmp_path / "b" / f"{s}.bin", np.uint16)[:-1].tolist()) for s in ("train", "val")
@@ -197,7 +197,7 @@ def test_own_text_that_cannot_be_used(tmp_path, content, message):
     if content is not None:
         (tmp_path / "text.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        prepare_text(tmp_path / "out", tmp_path / "text.txt", "", "bytes")
+        write_own_text(tmp_path / "out", tmp_path / "text.txt", "", "bytes")
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
@@ -206,19 +206,19 @@ def test_data_is_prepared_when_missing_or_from_another_source(tmp_path):
     one.write_text("one\n" * 10)
     two.write_text("two\n" * 20)
     with pytest.raises(UserError, match="there is no data set"):
-        prepared_directory(out, "", "bytes")
-    prepared_directory(out, str(one), "bytes")
+        prepared_directory(out, "", tokenizer="bytes")
+    prepared_directory(out, str(one), tokenizer="bytes")
     assert sum(read_meta(out)["tokens"].values()) == 42
-    prepared_directory(out, "", "bytes")  # already there
+    prepared_directory(out, "", tokenizer="bytes")  # already there
     assert read_meta(out)["source"] == str(one)
-    prepared_directory(out, str(two), "bytes")
+    prepared_directory(out, str(two), tokenizer="bytes")
     assert read_meta(out)["source"] == str(two)
     two.write_text("new\n" * 30)
     os.utime(two, (time.time() + 60,) * 2)
-    prepared_directory(out, str(two), "bytes")
+    prepared_directory(out, str(two), tokenizer="bytes")
     assert sum(read_meta(out)["tokens"].values()) == 122
     with pytest.raises(UserError, match="cannot read"):
-        prepared_directory(out, str(tmp_path / "three.txt"), "bytes")
+        prepared_directory(out, str(tmp_path / "three.txt"), tokenizer="bytes")
     assert read_meta(out)["source"] == str(two)  # and what was there is still there
 
 
@@ -228,7 +228,7 @@ def test_tiny_is_made_of_pythons_documentation(tmp_path):
     assert any("def namedtuple" in text for text in documents)
     assert len(set(documents)) > 0.95 * len(documents)  # so that what is held out is not trained on
     with pytest.raises(UserError, match="--dataset mine"):
-        tiny.prepare(tmp_path, source="text.txt")
+        tiny.prepare_text(tmp_path, source="text.txt")
 
 
 def test_docstrings_are_found_without_importing(tmp_path):
@@ -288,8 +288,8 @@ def test_fixed_batches_are_disjoint_and_filled_up(length, max_windows, rows):
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on():
-    batches = prefetch(lambda step: (torch.tensor(step),), range(3, 9), torch.device("cpu"))
-    assert [batch[0].item() for batch in batches] == list(range(3, 9))
+    batches = prefetch(lambda step: (10 * step, [(torch.tensor(step),)]), range(3, 9), torch.device("cpu"))
+    assert [(work, tensors[0].item()) for work, (tensors,) in batches] == [(10 * step, step) for step in range(3, 9)]
 
     def fail(step):
         raise OSError("disk gone")

@@ -44,7 +44,7 @@ def run(dataset, tmp_path):
     def call(*flags, out="run"):
         preset = [] if "--resume" in flags else ["--preset", "tiny"]
         arguments = [*preset, *SMALL, "--dataset", dataset, "--out_dir", tmp_path / out, *flags]
-        train.pretrain(*settings_of(*arguments))
+        train.carry_out(train.Pretraining(*settings_of(*arguments)))
         return tmp_path / out
 
     return call
@@ -95,16 +95,20 @@ def test_weight_decay_is_for_matrices_alone(attn, tied):
 
 def test_accumulated_gradients_equal_those_of_the_large_batch():
     torch.manual_seed(0)
-    inputs, targets = torch.randn(12, 5, dtype=torch.double), torch.randn(12, 3, dtype=torch.double)
+    batch = torch.randn(12, 5, dtype=torch.double), torch.randn(12, 3, dtype=torch.double)
     results = []
     for micro_batch_size in (12, 4, 1):
         torch.manual_seed(1)
         layer = nn.Linear(5, 3, dtype=torch.double)
         optimizer = train.make_optimizer(layer, 0.1)
-        loss_of = lambda x, y, layer=layer: (layer(x) - y).square().mean()  # noqa: E731
-        loss, norm = train.optimizer_step(optimizer, 1e-2, loss_of, (inputs, targets), micro_batch_size, clip=0.5)
-        assert norm > 0.5  # so that it is clipped
-        results.append((loss, norm, layer.weight.detach()))
+
+        def loss_of(x, y, layer=layer):  # shares of the mean over all 36 numbers, and of 1
+            return {"loss": (layer(x) - y).square().sum() / 36, "one": torch.tensor(len(x) / 12)}
+
+        micro_batches = zip(*(tensor.split(micro_batch_size) for tensor in batch))
+        measured = train.optimizer_step(optimizer, 1e-2, loss_of, micro_batches, clip=0.5)
+        assert measured["grad_norm"] > 0.5  # so that it is clipped
+        results.append((measured, layer.weight.detach()))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
 
@@ -114,8 +118,8 @@ def test_gradients_are_clipped():
     before = layer.weight.detach().clone()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     batch = (torch.full((2, 4), 100.0),)
-    _, norm = train.optimizer_step(optimizer, 1.0, lambda x: layer(x).mean(), batch, 2)
-    assert norm.item() == pytest.approx(200.0)
+    measured = train.optimizer_step(optimizer, 1.0, lambda x: {"loss": layer(x).mean()}, [batch])
+    assert measured["grad_norm"].item() == pytest.approx(200.0)
     assert (layer.weight - before).norm().item() == pytest.approx(1.0, rel=1e-4)
 
 
@@ -169,18 +173,20 @@ def test_validation_is_on_validation_data(run):
     tokens = np.fromfile(Path(settings.dataset) / "val.bin", np.uint16)
     first = torch.cat([inputs for inputs, _ in again.val_batches])[0]
     assert first.tolist() == tokens[:16].tolist()
-    assert again.make_batch(3)[0].shape == (4, 16)
+    work, ((inputs, targets),) = again.make_batch(3)
+    assert work == 64 and inputs.shape == targets.shape == (4, 16)
     assert float(log_of(out, "val_loss")[0][0]) == pytest.approx(
         train.validation_loss(again.model, again.val_batches, again.device), rel=1e-6
     )
 
 
 def test_the_clock_leaves_out_what_is_paused(tmp_path):
-    log = train.Log(tmp_path / "log.csv", 1, 1000, 1.0, torch.device("cpu"))
+    settings = train.Settings(out_dir=tmp_path, device="cpu", max_steps=1)
+    log = train.Log(train.Run(settings))
     log.open(0)
     with log.paused():
         time.sleep(0.5)
-    log.rows.append(dict(step=1, loss=1.0, grad_norm=1.0, lr=1.0))
+    log.rows.append(dict(step=1, work=1000, loss=1.0, grad_norm=1.0, lr=1.0))
     log.flush()
     assert float(log_of(tmp_path, "tokens_per_s")[0][0]) > 1000 / 0.4
 
@@ -231,7 +237,7 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(run, attn, monkeypatch):
     assert len(log_of(cut, "step")) == 7  # logged beyond the checkpoint
     settings, start = settings_of("--resume", "--out_dir", cut)
     assert settings.attn == attn and settings.n_embd == 32  # as in the run
-    train.pretrain(settings, start)
+    train.carry_out(train.Pretraining(settings, start))
 
     columns = ("step", "loss", "grad_norm", "lr", "val_loss")
     assert log_of(cut, *columns) == log_of(whole, *columns)

@@ -1,0 +1,185 @@
+"""sample.py: what it says, to whom, and when it stops; and the whole road from pretraining to a conversation."""
+
+import csv
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from data import UserError
+from data.tokenizer import END_OF_TEXT, IM_END, get_tokenizer
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+BYTES = get_tokenizer("bytes")
+SHAPE = dict(block_size=64, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, head_dim=8, n_inner=16, vocab_size=320)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with out/pretrain and out/sft, in which sample.py runs."""
+    monkeypatch.chdir(tmp_path)
+    for stage in ("pretrain", "sft"):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**SHAPE))
+        (tmp_path / "out" / stage).mkdir(parents=True)
+        train.save_checkpoint(
+            tmp_path / "out" / stage / "best.pt", model=model.state_dict(), config=train.asdict(model.config),
+            settings={}, data={"tokenizer": "bytes"}, stage=stage, step=7,
+        )  # fmt: skip
+    return tmp_path
+
+
+@pytest.fixture
+def say(home, monkeypatch, capsys):
+    """Calls sample.py with these flags, this typed in, and a model that says these ids; returns what it prints, and the
+    prompts that the model was given."""
+
+    def call(*flags, typed="", says=None):
+        prompts = []
+
+        def stream(model, idx, limit, **options):
+            prompts.append(BYTES.decode(idx[0].tolist()))
+            yield from (torch.tensor([[token]]) for token in says[:limit])
+
+        if says is not None:
+            monkeypatch.setattr(GPT, "stream", stream)
+        monkeypatch.setattr("sys.argv", ["sample.py", "--device", "cpu", *map(str, flags)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        capsys.readouterr()
+        sample.main()
+        output = capsys.readouterr()
+        return output.out, output.err, prompts
+
+    return call
+
+
+def ids(text, *ends):
+    return [*text.encode(), *(BYTES.encode_single_token(end) for end in ends), *b" and this is not said"]
+
+
+def test_continues_a_text(say):
+    out, err, prompts = say("--prompt", "Once", "--max_new_tokens", 5, says=ids(" upon a time"))
+    assert out == "Once upon\n" and prompts == [f"{END_OF_TEXT}Once"]
+    assert "model: out/sft/best.pt, after sft, step 7" in err
+
+
+def test_without_a_prompt_a_pretrained_model_writes(say):
+    out, _, prompts = say("--init_from", "out/pretrain/best.pt", says=ids("Text.", END_OF_TEXT))
+    assert out == "Text.\n" and prompts == [END_OF_TEXT]
+
+
+def test_has_a_conversation(say):
+    out, err, prompts = say(typed="Hi\nBye\n\nnot this", says=ids("Hey", IM_END))
+    assert out == "> Hey\n> Hey\n> "
+    first = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts == [first, f"{first}Hey<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"[-500:]]
+    assert "an empty line or Ctrl-D ends" in err
+
+
+def test_first_message_from_the_command_line(say):
+    out, _, prompts = say("--chat", "--prompt", "Hi", says=ids("Hey", IM_END))
+    assert out == "Hey\n> \n" and len(prompts) == 1
+
+
+def test_a_long_conversation_forgets_its_beginning(say):
+    _, _, prompts = say(typed="aaaa\nbbbb\ncccc\n", says=ids("x" * 9, IM_END))
+    frames = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in ("aaaa", "bbbb", "cccc")]
+    assert prompts == frames  # two do not fit
+
+
+def test_a_message_that_does_not_fit(say):
+    out, err, prompts = say(typed="a" * 60 + "\nHi\n", says=ids("Hey", IM_END))
+    assert "error: with its frame the message has 79 tokens, and the context only 64" in err
+    assert out == "> > Hey\n> \n" and len(prompts) == 1
+
+
+def test_an_answer_ends_where_the_context_does(say):
+    out, _, _ = say("--chat", "--prompt", "a" * 30, "--max_new_tokens", 1000, says=ids("x" * 1000))
+    assert out.count("x") == 64 - 1 - 5 - 30 - 1 - 1 - 1 - 10
+
+
+@pytest.mark.parametrize("text", ["ä", "€ 5", "👩‍👩‍👧 ok", "plain"])
+def test_characters_are_printed_when_they_are_whole(text):
+    tokens = BYTES.encode_ordinary(text)
+    pieces = list(sample.decode(tokens, BYTES))
+    assert "".join(pieces) == text and "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    assert len(pieces) == len(tokens) + 1  # as it comes, not in the end
+    cut = "".join(sample.decode(tokens[:-1], BYTES))
+    assert cut == text[:-1] + "\N{REPLACEMENT CHARACTER}" * (len(text[-1].encode()) > 1)
+
+
+def test_seed_and_temperature(say):
+    first, again, other = (say("--prompt", "a", "--seed", seed)[0] for seed in (1, 1, 2))
+    assert first == again != other and len(first) > 20
+    assert say("--prompt", "a", "--seed", 1, "--temperature", 0) == say(
+        "--prompt", "a", "--seed", 2, "--temperature", 0
+    )
+    assert say("--prompt", "a", "--top_k", 1)[0] == say("--prompt", "a", "--top_p", 1e-6)[0]
+    assert say("--prompt", "a", "--top_k", 1)[0] == say("--prompt", "a", "--temperature", 0)[0]
+
+
+def test_the_furthest_stage_speaks(home, say):
+    assert "model: out/sft/best.pt" in say("--prompt", "a")[1]
+    (home / "out" / "sft").rename(home / "out" / "dpo")
+    assert "model: out/dpo/best.pt" in say("--prompt", "a")[1]
+    (home / "out" / "dpo" / "best.pt").unlink()
+    assert "model: out/pretrain/best.pt, after pretrain" in say("--prompt", "a")[1]
+    (home / "out" / "pretrain" / "best.pt").unlink()
+    with pytest.raises(UserError, match="there is no model in out/ yet; python train.py makes one"):
+        say("--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [(["--chat", "--init_from", "out/pretrain/best.pt"], "has not learned to chat; python sft.py teaches it"),
+     (["--init_from", "nosuch.pt"], "there is no checkpoint nosuch.pt"),
+     (["--prompt", "a" * 65], "the prompt has 65 tokens, more than the context of 64"),
+     (["--device", "cuda:99"], "is not available")],
+)  # fmt: skip
+def test_impossible_requests(say, flags, message):
+    with pytest.raises(UserError, match=message):
+        say(*flags)
+
+
+@pytest.mark.parametrize("flags", [["--top_p", "0"], ["--temperature", "-1"], ["--max_new_tokens", "0"], ["--x"]])
+def test_wrong_flags(say, flags, capsys):
+    with pytest.raises(SystemExit) as exit:
+        say(*flags)
+    assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------- the whole road
+
+
+def test_the_whole_road(tmp_path):
+    """Pretraining, SFT, DPO and a conversation as a user would call them, with shorter runs than the presets'."""
+    (tmp_path / "out").mkdir()
+
+    def call(script, *flags, typed=""):
+        command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+        result = subprocess.run(command, cwd=tmp_path, input=typed, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        return result.stdout + result.stderr
+
+    small = ["--preset", "tiny", "--device", "cpu"]
+    shape = ["--n_embd", 64, "--n_layer", 2, "--n_inner", 128, "--n_head", 2, "--head_dim", 32]
+    call("train", *small, *shape, "--max_steps", 120, "--learning_rate", 1e-2, "--eval_windows", 8)
+    call("sft", *small, "--max_steps", 60, "--eval_examples", 64, "--eval_interval", 30)
+    text = call("dpo", *small, "--max_steps", 60, "--eval_examples", 64, "--eval_interval", 30)
+    assert "before the first step:\n    validation loss 0.6931, accuracy 0.000, margin 0.000" in text
+    assert "out/dpo/best.pt, after dpo" in call("sample", typed="What is the class queue.Queue?\n")
+    assert "after pretrain" in call("sample", "--init_from", "out/pretrain/best.pt", "--prompt", "Return")
+
+    def last(stage, column):
+        with open(tmp_path / "out" / stage / "log.csv", newline="") as file:
+            return float(list(csv.DictReader(file))[-1][column])
+
+    assert last("pretrain", "val_loss") < 3.0
+    assert last("sft", "val_loss") < 2.9
+    assert last("dpo", "val_accuracy") > 0.55 and last("dpo", "val_margin") > 0
