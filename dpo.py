@@ -52,12 +52,22 @@ class Settings(sft.TuningSettings):
     micro_batch_size: int = flag(16, "pairs in memory at once; gradients of several add up", least=1)
     learning_rate: float = flag(5e-6, "peak", least=0)
     beta: float = flag(0.1, "how strongly the model is held to the reference", least=0)
-    label_smoothing: float = flag(0.0, "the share of pairs that may be labelled the wrong way round", least=0)
+    label_smoothing: float = flag(
+        0.0, "the share of pairs that may be labelled the wrong way round", least=0, most=0.49
+    )
 
 
 PRESETS = {
     "ldiff": {},
-    "tiny": dict(dataset="tiny", max_steps=300, learning_rate=5e-4, warmup_steps=20),
+    "tiny": dict(
+        dataset="tiny",
+        max_steps=150,
+        learning_rate=5e-4,
+        warmup_steps=20,
+        eval_interval=50,
+        lora_rank=16,
+        lora_alpha=32.0,
+    ),
 }
 
 
@@ -78,9 +88,9 @@ class DPO(sft.FineTuning):
 
     def loss_of(self, idx, positions, targets, scale):
         """idx (2 * pairs, T): the chosen answers with their prompts, then the rejected ones, in one forward pass."""
-        policy = self.token_logps(idx, positions, targets).sum(dim=-1)  # (2 * pairs,)
         with torch.no_grad(), disable_lora(self.model):
-            reference = self.token_logps(idx, positions, targets).sum(dim=-1)
+            reference = self.token_logps(idx, positions, targets).sum(dim=-1)  # (2 * pairs,)
+        policy = self.token_logps(idx, positions, targets).sum(dim=-1)
         s, chosen, rejected = self.settings, *policy.chunk(2)
         losses, *rewards = dpo_loss(chosen, rejected, *reference.chunk(2), s.beta, s.label_smoothing)
         margins = rewards[0] - rewards[1]

@@ -230,10 +230,9 @@ class DiffAttnV1(Attention):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.n_group = config.n_kv_head // 2
-        lambda_init = torch.tensor(0.8 - 0.6 * math.exp(-0.3 * layer), dtype=torch.float64)  # layers count from 0
-        self.register_buffer(
-            "lambda_init", lambda_init, persistent=False
-        )  # not a float, of which each is compiled anew
+        # A buffer, not a float, of which torch.compile would make a program for every layer. Layers count from 0.
+        lambda_init = torch.tensor(0.8 - 0.6 * math.exp(-0.3 * layer), dtype=torch.float64)
+        self.register_buffer("lambda_init", lambda_init, persistent=False)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
             self.register_parameter(name, nn.Parameter(torch.zeros(config.head_dim).normal_(std=0.1)))
         self.subln = RMSNorm(2 * config.head_dim, config.norm_eps)
@@ -416,8 +415,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     likeliest; top_p, of those, the fewest likeliest whose probabilities sum to p (arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits, ids = (logits.float() / temperature).topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
-    probabilities = logits.softmax(dim=-1)
+    logits, ids = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
+    probabilities = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
     if top_p is not None:
         likelier = probabilities.cumsum(dim=-1) - probabilities  # of all that come before
         probabilities = probabilities.masked_fill(likelier >= top_p, 0.0)

@@ -32,7 +32,7 @@ class Settings:
     max_new_tokens: int = flag(256, "length of an answer, at most", least=1)
     temperature: float = flag(0.8, "0: always the likeliest token", least=0)
     top_k: int = flag(50, "choose among the k likeliest tokens; 0: among all", least=0)
-    top_p: float = flag(1.0, "and among the likeliest whose probabilities sum to p", least=1e-6)
+    top_p: float = flag(1.0, "and among the likeliest whose probabilities sum to p", least=1e-6, most=1.0)
     seed: int = flag(1, "of the random choices", least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     attn_impl: str = flag("auto", "attention kernel", choices=ATTENTION_IMPLS)
@@ -89,12 +89,12 @@ class Speaker:
 
     def answer(self, messages):
         """Print the answer to a conversation, [(role, text), ...], and add it. Of a long one, the oldest messages are
-        forgotten; raises UserError if the last alone does not fit."""
+        forgotten, to leave a quarter of the context free; raises UserError if the last alone does not fit."""
         context = self.config.block_size
+        if (alone := len(render_prompt(messages[-1:], self.encoding))) >= context:
+            raise UserError(f"with its frame the message has {alone} tokens, and the context only {context}")
         while len(prompt := render_prompt(messages, self.encoding)) > 0.75 * context and len(messages) > 1:
             del messages[:2]
-        if len(prompt) >= context:
-            raise UserError(f"with its frame the message has {len(prompt)} tokens, and the context only {context}")
         limit = min(self.settings.max_new_tokens, context - len(prompt))
         messages.append(("assistant", self.say(prompt, limit)))
 
@@ -117,7 +117,7 @@ def chat(speaker, message):
             speaker.answer(messages)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            messages.clear()
+            messages.pop()
         message = ""
 
 
@@ -143,4 +143,10 @@ def main():
 
 
 if __name__ == "__main__":
+    for stream in (
+        sys.stdin,
+        sys.stdout,
+        sys.stderr,
+    ):  # text that is not in the terminal's encoding is no reason to fail
+        stream.reconfigure(errors="replace")
     run_script(main)

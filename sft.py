@@ -60,12 +60,12 @@ class Settings(TuningSettings):
     out_dir: str = flag("out/sft", "where checkpoints and log.csv go")
     init_from: str = flag("out/pretrain/best.pt", "checkpoint of the model to tune")
     learning_rate: float = flag(2e-4, "peak", least=0)
-    lora_dropout: float = flag(0.0, "share of the adapters' inputs that is dropped", least=0)
+    lora_dropout: float = flag(0.0, "share of the adapters' inputs that is dropped", least=0, most=0.99)
 
 
 PRESETS = {
     "ldiff": {},
-    "tiny": dict(dataset="tiny", max_steps=400, learning_rate=2e-3, warmup_steps=20),
+    "tiny": dict(dataset="tiny", max_steps=300, learning_rate=2e-3, warmup_steps=20, lora_rank=16, lora_alpha=32.0),
 }
 
 
@@ -73,10 +73,15 @@ def choose_settings(given, settings_class, presets, stage):
     """The settings, and the checkpoint to start from or to resume. Flags go over the preset, the preset over the
     defaults; the checkpoint's tokenizer decides which preset `auto` is."""
     if given.get("resume"):
-        return resumed_settings(given, settings_class, stage)
+        settings, start = resumed_settings(given, settings_class, stage)
+        for name in ("attn", "lora_rank", "lora_alpha"):
+            if getattr(settings, name) != (begun := start["settings"].get(name)):
+                raise UserError(f"the run was begun with --{name} {begun}, which --resume cannot change")
+        return settings, start
     path = given.get("init_from", settings_class.init_from)
     if "init_from" not in given and not Path(path).exists():
-        raise UserError(f"there is no {path} yet, which the stage before makes; --init_from names another checkpoint")
+        script = {"pretrain": "train.py", "sft": "sft.py"}[Path(path).parent.name]
+        raise UserError(f"there is no {path} yet; python {script} makes it, or --init_from names another checkpoint")
     start = load_checkpoint(path)
     tokenizer, attn = start["data"].get("tokenizer"), start["config"].get("attn")
     if given.get("attn", attn) != attn:
@@ -94,13 +99,13 @@ def head_logps(lm_head, hidden, targets):
     return -F.cross_entropy(lm_head(hidden).float(), targets, reduction="none")
 
 
-def token_logps(model, idx, positions, targets, head_logps=head_logps):
+def token_logps(model, idx, positions, targets, head_logps):
     """Log-probabilities of `targets` (M,), the ids that follow `positions` (M,) of the flattened idx (B, T) -> (B, T)
     float32, zero at all other positions and where a target is -100.
 
-    Logits, the largest tensor of all, are computed at `positions` alone.
+    Logits, the largest tensor of all, are computed at `positions` alone, by `head_logps`, which may be compiled.
     """
-    hidden = model.hidden(idx).flatten(0, 1)[positions]  # (M, C)
+    hidden = model.hidden(idx).flatten(0, 1).index_select(0, positions)  # (M, C)
     logps = head_logps(model.lm_head, hidden, targets)
     return logps.new_zeros(idx.numel()).index_copy(0, positions, logps).view(idx.shape)
 
@@ -137,7 +142,7 @@ class FineTuning(Run):
         torch.manual_seed(settings.seed)
         self.model = self.load_model(start, lora_dropout).to(self.device)
         compiling = wants_compile(settings.compile, self.device)
-        self.head_logps = compile_layers(self.model) if compiling else head_logps
+        self.compiled_head_logps = compile_layers(self.model) if compiling else head_logps
         self.optimizer = make_optimizer(self.model, weight_decay=0.0)
         if settings.resume:
             self.restore(start)
@@ -184,7 +189,7 @@ class FineTuning(Run):
 
     def token_logps(self, idx, positions, targets):
         with autocast(self.device):
-            return token_logps(self.model, idx, positions, targets, self.head_logps)
+            return token_logps(self.model, idx, positions, targets, self.compiled_head_logps)
 
     @torch.no_grad()
     def evaluate(self):
@@ -205,6 +210,7 @@ class FineTuning(Run):
 
     def sample(self, max_new_tokens=200):
         """The answer to the first held-out prompt."""
+        self.model.eval()  # dropout off
         ids, end = self.val.ids[: self.val.offsets[1]], self.encoding.encode_single_token(IM_END)
         prompt = ids[: self.val.mask.argmax()].astype(np.int64)
         start = torch.from_numpy(prompt)[None].to(self.device)

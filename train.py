@@ -40,9 +40,9 @@ from model import ATTENTION, ATTENTION_IMPLS, GPT, GPTConfig, pad_vocab
 # Settings: one dataclass a script, every field a flag. (All up to "Pretraining" is for any stage of training.)
 
 
-def flag(default, help, choices=None, least=-math.inf):
-    """A field of a settings dataclass, with its help text, its choices or its smallest value."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+def flag(default, help, choices=None, least=-math.inf, most=2**63 - 1):
+    """A field of a settings dataclass, with its help text, and its choices or its range."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
 @dataclass
@@ -81,9 +81,10 @@ def parse_flags(settings_class, description, tiny, argv=None):
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {default})", **kind)
     given = vars(parser.parse_args(argv))
     for f in fields(settings_class):
-        value, least = given.get(f.name), f.metadata["least"]
-        if f.type in (int, float) and value is not None and not least <= value < 2**63:  # NaN fails it too
-            parser.error(f"--{f.name} {value} is out of range; the least is {least}")
+        value, least, most = given.get(f.name), f.metadata["least"], f.metadata["most"]
+        if f.type in (int, float) and value is not None and not least <= value <= most:  # NaN fails it too
+            limit = f"the least is {least}" + (f", the most {most}" if most < 2**63 - 1 else "")
+            parser.error(f"--{f.name} {value} is out of range; {limit}")
     return given
 
 

@@ -14,6 +14,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import os
 import signal
 import zlib
@@ -144,20 +145,19 @@ def write_examples(directory, rows, tokenize, tokenizer, block_size, source, tot
     tokenize(row, encoding, block_size) returns the rows of an example, [(ids, mask), ...], or raises SkippedRow. Ids
     beyond block_size are cut off. Raises UserError unless there is an example to train on and one to hold out.
     """
-    directory, encoding = Path(directory), get_tokenizer(tokenizer)
+    directory, encoding, report = Path(directory), get_tokenizer(tokenizer), Counter(rows=0, cut=0)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "meta.json").unlink(missing_ok=True)
-    report = Counter(rows=0, cut=0)
     with contextlib.ExitStack() as files:
         train, val = (_ExampleWriter(directory, split, files) for split in ("train", "val"))
         results = _tokenize_all(rows, (tokenize, tokenizer, block_size))
         for example, cut, skipped in tqdm(results, "tokenizing", total, unit=" rows"):
-            report.update(rows=1, cut=cut, **{skipped: 1} if skipped else {})
+            report.update({"rows": 1, "cut": cut, skipped: 1} if skipped else {"rows": 1, "cut": cut})
             if example:
                 (train if (train.examples + val.examples) % VAL_EVERY else val).add(example)
+        if not train.examples:
+            raise UserError(f"{source} has {val.examples} usable examples; the least is 2 ({dict(report)})")
+        (directory / "meta.json").unlink(missing_ok=True)  # the files of an earlier set stay whole until here
     writers = {"train": train, "val": val}
-    if not train.examples:
-        raise UserError(f"{source} has {val.examples} usable examples; the least is 2 ({dict(report)})")
     meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "block_size": block_size, "source": source}
     for count in ("examples", "tokens", "crc32"):
         meta[count] = {split: getattr(writer, count) for split, writer in writers.items()}
@@ -207,7 +207,7 @@ def _tokenize_chunk(rows, tokenize, tokenizer, block_size):
     id_type = _token_type(encoding.n_vocab)
     for row in rows:
         try:
-            example = tokenize(row, encoding, block_size)
+            example = tokenize(_parse(row) if isinstance(row, bytes) else row, encoding, block_size)
         except SkippedRow as error:
             results.append(([], 0, str(error)))
             continue
@@ -216,27 +216,29 @@ def _tokenize_chunk(rows, tokenize, tokenizer, block_size):
     return results
 
 
+def _parse(line):
+    """The value in a line of a JSONL file; None if it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 def open_rows(hub_name, revision, source):
-    """The rows of a data set on the hub, or of the JSONL file `source`; how many there are; and where they are from."""
+    """The rows of a data set on the hub, or the lines of the JSONL file `source`; how many there are; and whence."""
     if not source:
         rows = load_from_hub(hub_name, split="train", revision=revision)
         return rows, len(rows), f"{hub_name} {revision}"
     try:
-        with open(source, "rb") as file:
-            total = sum(1 for _ in file)
+        total = sum(1 for _ in _lines(source))
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}") from error
-    return _read_jsonl(source), total, str(Path(source).resolve())
+    return _lines(source), total, str(Path(source).resolve())
 
 
-def _read_jsonl(path):
-    """Yield the value in every line; None for a line that is not JSON in UTF-8."""
+def _lines(path):
     with open(path, "rb") as file:
-        for line in file:
-            try:
-                yield json.loads(line.decode())
-            except (ValueError, RecursionError):
-                yield None
+        yield from (line for line in file if line.strip())
 
 
 def prepare_examples(description, prepare, home, kind):
@@ -300,7 +302,7 @@ def read_meta(directory, tokenizer=""):
     if tokenizer not in ("", meta["tokenizer"]):
         raise UserError(
             f"{directory} was prepared with --tokenizer {meta['tokenizer']}, not {tokenizer}; "
-            "give the other data another --dataset name"
+            "give the other data another --dataset name, or delete the folder to prepare it again"
         )
     return meta
 
@@ -344,19 +346,21 @@ class Examples:
 
 
 def open_examples(directory, split, meta, group, block_size):
-    """Memory-map the Examples of one split; raises UserError if they are damaged or longer than block_size."""
+    """Memory-map the Examples of one split; raises UserError if they are damaged, or were made for another context."""
     directory, tokens, examples = Path(directory), meta["tokens"].get(split), meta.get("examples", {}).get(split, 0)
+    if meta.get("block_size") != block_size:
+        raise UserError(
+            f"{directory} was prepared for a context of {meta.get('block_size')}, and the model has one of {block_size}; "
+            "give the other data another --dataset name, or delete the folder to prepare it again"
+        )
     ids = open_tokens(directory, split, meta)
     mask = _memory_map(directory / f"{split}.mask.bin", np.uint8, tokens)
     offsets = _memory_map(directory / f"{split}.offsets.bin", np.int64, examples * group + 1)
     lengths = np.diff(offsets)
-    if offsets[0] != 0 or offsets[-1] != tokens or lengths.min() < 1 or not mask.max() == 1:
-        raise UserError(f"{directory / f'{split}.offsets.bin'} or {split}.mask.bin beside it is damaged")
-    if lengths.max() > block_size:
-        raise UserError(
-            f"{directory} has examples of {lengths.max():,} tokens, and the model's context is {block_size}; "
-            "give the shorter ones another --dataset name, or delete the folder to prepare them again"
-        )
+    if offsets[0] != 0 or offsets[-1] != tokens or not 1 <= lengths.min() <= lengths.max() <= block_size:
+        raise UserError(f"{directory / f'{split}.offsets.bin'} is damaged")
+    if mask.max() != 1:
+        raise UserError(f"{directory / f'{split}.mask.bin'} is damaged")
     return Examples(ids, mask, offsets, group)
 
 
@@ -430,8 +434,9 @@ def collate(examples, numbers, block_size):
     for i, start, length in zip(itertools.count(), examples.offsets[rows], lengths):
         idx[i, :length] = examples.ids[start : start + length]
         learned[i, : length - 1] = examples.mask[start + 1 : start + length]  # position t predicts id t + 1
-    count, step = learned.sum(), -(-learned.size // 16)
-    positions = np.argsort(~learned.ravel(), kind="stable")[: -(-count // step) * step]  # the learned ones come first
+    count, sixteenth = learned.sum(), math.ceil(learned.size / 16)
+    filled = math.ceil(count / sixteenth) * sixteenth
+    positions = np.argsort(~learned.ravel(), kind="stable")[:filled]  # the learned ones come first
     targets = np.full(len(positions), -100)
     targets[:count] = idx.ravel()[positions[:count] + 1]
     return tuple(map(torch.from_numpy, (idx, positions, targets)))

@@ -48,6 +48,12 @@ def rows_of(examples):
     return [(examples.ids[a:b].tolist(), examples.mask[a:b].tolist()) for a, b in bounds]
 
 
+def without_newline(*turns):
+    """A rendered conversation up to its last learned token."""
+    ids, mask = render(turns, BYTES)
+    return ids[:-1], mask[:-1]
+
+
 # ------------------------------------------------------------------------------------- from rows to files
 
 
@@ -55,7 +61,7 @@ def test_conversations_become_rows(tmp_path):
     lines = [conversation(("human", f"Q{i}"), ("gpt", f"A{i}")) for i in range(100)]
     folder, meta = prepare(tmp_path, prepare_sft, lines)
     train, val = (open_examples(folder, split, meta, 1, 64) for split in ("train", "val"))
-    expected = [tuple(render([("user", f"Q{i}"), ("assistant", f"A{i}")], BYTES)) for i in range(100)]
+    expected = [without_newline(("user", f"Q{i}"), ("assistant", f"A{i}")) for i in range(100)]
     assert rows_of(val) == expected[::20]  # every 20th is held out
     assert rows_of(train) == [row for i, row in enumerate(expected) if i % 20]
     assert meta["examples"] == {"train": 95, "val": 5} and meta["report"] == {"rows": 100, "cut": 0}
@@ -74,9 +80,11 @@ def test_many_rows_keep_their_order(tmp_path):
 def test_turns_of_a_conversation():
     row = conversation(("system", "Be kind."), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))
     turns = [("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    assert tokenize_conversation(row, BYTES, 2048) == [render(turns, BYTES)]
+    assert tokenize_conversation(row, BYTES, 2048) == [without_newline(*turns)]
+    row["conversations"].append({"from": "human", "value": "not answered"})
+    assert tokenize_conversation(row, BYTES, 2048) == [without_newline(*turns)]
     without = conversation(("system", " "), ("human", " a\n"), ("gpt", "b"))
-    assert tokenize_conversation(without, BYTES, 2048) == [render([("user", "a"), ("assistant", "b")], BYTES)]
+    assert tokenize_conversation(without, BYTES, 2048) == [without_newline(("user", "a"), ("assistant", "b"))]
 
 
 def test_rows_that_cannot_be_conversations_are_skipped_and_counted(tmp_path):
@@ -87,12 +95,13 @@ def test_rows_that_cannot_be_conversations_are_skipped_and_counted(tmp_path):
         conversation(("human", 3), ("gpt", "b")), conversation(("user", "a"), ("gpt", "b")), b"[" * 100_000,
         conversation(), conversation(("human", "a")),
         conversation(("human", "a"), ("gpt", "")), conversation(("human", ""), ("gpt", "b")),
-        conversation(("human", "a" * 100), ("gpt", "b")),
+        conversation(("human", "a" * 100), ("gpt", "b")), conversation(("gpt", "b"), ("human", "a")),
+        b"[" * 900 + b"]" * 900,
         conversation(("human", "a"), ("gpt", "b" * 100)), good,
     ]  # fmt: skip
     folder, meta = prepare(tmp_path, prepare_sft, lines)
     assert meta["report"] == {
-        "rows": 20, "cut": 1, "malformed": 12, "without an answer": 2, "with an empty turn": 2,
+        "rows": 21, "cut": 1, "malformed": 12, "that begin with an answer": 1, "without an answer": 2, "with an empty turn": 2,
         "whose answers begin beyond the context": 1,
     }  # fmt: skip
     assert meta["examples"] == {"train": 2, "val": 1}
@@ -139,7 +148,14 @@ def test_prompt_and_answers_are_tokenized_apart():
 def test_too_few_examples(tmp_path, lines):
     with pytest.raises(UserError, match="usable examples; the least is 2"):
         prepare(tmp_path, prepare_dpo, lines)
-    assert not (tmp_path / "set" / "meta.json").exists()
+    assert not any((tmp_path / "set").iterdir())
+
+
+def test_useless_source_leaves_the_old_examples(tmp_path):
+    folder, meta = prepare(tmp_path, prepare_dpo, [pair(), pair()])
+    with pytest.raises(UserError, match="usable examples"):
+        prepare(tmp_path, prepare_dpo, [b"no"])
+    assert read_meta(folder) == meta and len(open_examples(folder, "train", meta, 2, 64)) == 1
 
 
 def test_source_that_is_missing():
@@ -174,10 +190,10 @@ def test_damaged_examples(tmp_path, damage, message):
         open_examples(folder, "val", meta, 2, 64)
 
 
-def test_examples_for_a_longer_context(tmp_path):
+def test_examples_for_another_context(tmp_path):
     folder, meta = prepare(tmp_path, prepare_dpo, [pair(), pair()])
-    with pytest.raises(UserError, match="examples of 27 tokens, and the model's context is 26"):
-        open_examples(folder, "train", meta, 2, 26)
+    with pytest.raises(UserError, match="prepared for a context of 64, and the model has one of 65"):
+        open_examples(folder, "train", meta, 2, 65)
 
 
 def test_examples_of_a_named_data_set(tmp_path):

@@ -114,7 +114,8 @@ def test_log_probabilities_of_sequences(home, attn):
 
 def test_log_probabilities_are_float32_sums():
     model = tiny_model().bfloat16()
-    logps = sft.token_logps(model, torch.zeros(2, 8, dtype=torch.long), torch.tensor([3]), torch.tensor([1]))
+    idx, positions, targets = torch.zeros(2, 8, dtype=torch.long), torch.tensor([3]), torch.tensor([1])
+    logps = sft.token_logps(model, idx, positions, targets, sft.head_logps)
     assert logps.dtype == torch.float32 and (logps != 0).nonzero().tolist() == [[0, 3]]
 
 
@@ -132,8 +133,8 @@ def test_layers_compile_without_graph_breaks_once_for_all_shapes(attn):
     for layer in model.layers:
         layer.compile(dynamic=True, fullgraph=True, backend=backend)
     for B, T in ((2, 20), (3, 30), (4, 50), (5, 64)):
-        loss = -sft.token_logps(model, torch.zeros(B, T, dtype=torch.long), torch.arange(T), torch.arange(T)).sum()
-        loss.backward()
+        idx, positions = torch.zeros(B, T, dtype=torch.long), torch.arange(T)
+        (-sft.token_logps(model, idx, positions, positions, sft.head_logps).sum()).backward()
     assert len(graphs) <= 2  # the first layer's input has no gradient
     torch._dynamo.reset()
 
@@ -353,8 +354,8 @@ def test_impossible_settings(run, stage, flags, message):
 
 def test_a_stage_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for module, path in ((sft, "out/pretrain/best.pt"), (dpo, "out/sft/best.pt")):
-        with pytest.raises(UserError, match=f"there is no {path} yet"):
+    for module, path, script in ((sft, "out/pretrain/best.pt", "train.py"), (dpo, "out/sft/best.pt", "sft.py")):
+        with pytest.raises(UserError, match=f"there is no {path} yet; python {script} makes it"):
             sft.choose_settings({}, module.Settings, module.PRESETS, "")
 
 
@@ -368,8 +369,9 @@ def test_checkpoints_that_do_not_fit(run, home, tmp_path):
             run("sft", *flags, out="other")
     with pytest.raises(UserError, match="a checkpoint of the stage sft, not dpo"):
         run("dpo", "--resume")
-    with pytest.raises(UserError, match="do not fit"):
-        run("sft", "--resume", "--lora_rank", 8)
+    for flag in (["--lora_rank", 8], ["--lora_alpha", 9], ["--attn", "v1"]):
+        with pytest.raises(UserError, match=f"begun with {flag[0]} .*, which --resume cannot change"):
+            run("sft", "--resume", *flag)
     good = train.load_checkpoint(home / "v2.pt")
     for change, message in (
         (dict(config=good["config"] | {"of_a_later_version": 1}), "config cannot be used"),

@@ -13,17 +13,18 @@ from data.chat import render_answer, render_prompt
 from data.dataset import SkippedRow, open_rows, prepare_examples, write_examples
 
 HUB_NAME, HUB_REVISION = "Intel/orca_dpo_pairs", "624952e3f420ae18d88b31977ee2ea436c833abb"
+FIELDS = ("system", "question", "chosen", "rejected")
 
 
-def fields(row):
+def texts(row):
     """The four texts of a row; raises SkippedRow if it is malformed, or lacks one of the last three."""
     try:
-        system, *others = ((row[name] or "").strip() for name in ("system", "question", "chosen", "rejected"))
+        system, question, chosen, rejected = ((row[name] or "").strip() for name in FIELDS)
     except (AttributeError, KeyError, TypeError) as error:
         raise SkippedRow("malformed") from error
-    if not all(others):
+    if not (question and chosen and rejected):
         raise SkippedRow("with an empty text")
-    return system, *others
+    return system, question, chosen, rejected
 
 
 def tokenize(row, encoding, block_size):
@@ -32,7 +33,7 @@ def tokenize(row, encoding, block_size):
 
     Prompt and answers are tokenized apart, so that both answers follow exactly the same prompt.
     """
-    system, question, chosen, rejected = fields(row)
+    system, question, chosen, rejected = texts(row)
     messages = [("system", system)] * bool(system) + [("user", question)]
     prompt = render_prompt(messages, encoding)
     if len(prompt) >= block_size:

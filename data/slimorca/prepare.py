@@ -26,17 +26,20 @@ def messages(row):
     turns = [(role, text) for role, text in turns if text or role != "system"]
     if not all(text for _, text in turns):
         raise SkippedRow("with an empty turn")
+    if [role for role, _ in turns if role != "system"][:1] == ["assistant"]:
+        raise SkippedRow("that begin with an answer")
     return turns
 
 
 def tokenize(row, encoding, block_size):
-    """One row of ids and mask; raises SkippedRow if there is nothing in it to learn."""
+    """One row of ids and mask, up to the end of the last answer; raises SkippedRow if there is nothing to learn."""
     ids, mask = render(messages(row), encoding)
     if not any(mask):
         raise SkippedRow("without an answer")
     if not any(mask[:block_size]):
         raise SkippedRow("whose answers begin beyond the context")
-    return [(ids, mask)]
+    end = len(mask) - mask[::-1].index(1)
+    return [(ids[:end], mask[:end])]
 
 
 def prepare_sft(directory, source="", tokenizer="gpt2", block_size=2048):

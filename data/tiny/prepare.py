@@ -82,12 +82,12 @@ def summaries(node, name):
 
 def questions():
     """(question, answer), ... about the standard library, shuffled in a fixed order. No answer occurs twice, so that
-    none that is held out can have been learned."""
+    none that one stage holds out is in what that stage learns from; the stages before it may have seen it."""
     answers = {}
     for path in library_files():
         module = path.parent.name if path.stem == "__init__" else path.stem
         for question, text in summaries(parse(path.read_text(encoding="utf-8", errors="replace")), module):
-            if 20 <= len(text) <= 160:
+            if 20 <= len(text) <= 120:
                 answers.setdefault(text, question)
     pairs = [(question, text) for text, question in answers.items()]
     random.Random(0).shuffle(pairs)
@@ -120,8 +120,9 @@ def prepare_sft(directory, source="", tokenizer="bytes", block_size=256):
 def preferences():
     """Rows with a right answer, preferred, and a wrong one: to a question about a function the docstring of a class or
     module, and the other way round, which even a small model can tell apart. Every answer is used once."""
-    functions = [pair for pair in questions() if pair[0].startswith("What does")]
-    others = [pair for pair in questions() if not pair[0].startswith("What does")]
+    pairs = questions()
+    functions = [pair for pair in pairs if pair[0].startswith("What does")]
+    others = [pair for pair in pairs if not pair[0].startswith("What does")]
     for index, ((function, does), (other, is_)) in enumerate(zip(functions, others)):
         about_function = {"question": function, "chosen": does, "rejected": is_}
         about_other = {"question": other, "chosen": is_, "rejected": does}
