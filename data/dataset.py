@@ -350,7 +350,7 @@ def open_examples(directory, split, meta, group, block_size):
     directory, tokens, examples = Path(directory), meta["tokens"].get(split), meta.get("examples", {}).get(split, 0)
     if meta.get("block_size") != block_size:
         raise UserError(
-            f"{directory} was prepared for a context of {meta.get('block_size')}, and the model has one of {block_size}; "
+            f"{directory} was made for a context of {meta.get('block_size')}, and the model has one of {block_size}; "
             "give the other data another --dataset name, or delete the folder to prepare it again"
         )
     ids = open_tokens(directory, split, meta)

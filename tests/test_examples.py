@@ -101,8 +101,8 @@ def test_rows_that_cannot_be_conversations_are_skipped_and_counted(tmp_path):
     ]  # fmt: skip
     folder, meta = prepare(tmp_path, prepare_sft, lines)
     assert meta["report"] == {
-        "rows": 21, "cut": 1, "malformed": 12, "that begin with an answer": 1, "without an answer": 2, "with an empty turn": 2,
-        "whose answers begin beyond the context": 1,
+        "rows": 21, "cut": 1, "malformed": 12, "that begin with an answer": 1, "without an answer": 2,
+        "with an empty turn": 2, "whose answers begin beyond the context": 1,
     }  # fmt: skip
     assert meta["examples"] == {"train": 2, "val": 1}
     cut, _ = rows_of(open_examples(folder, "train", meta, 1, 64))
@@ -192,7 +192,7 @@ def test_damaged_examples(tmp_path, damage, message):
 
 def test_examples_for_another_context(tmp_path):
     folder, meta = prepare(tmp_path, prepare_dpo, [pair(), pair()])
-    with pytest.raises(UserError, match="prepared for a context of 64, and the model has one of 65"):
+    with pytest.raises(UserError, match="made for a context of 64, and the model has one of 65"):
         open_examples(folder, "train", meta, 2, 65)
 
 
