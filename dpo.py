@@ -59,15 +59,7 @@ class Settings(sft.TuningSettings):
 
 PRESETS = {
     "ldiff": {},
-    "tiny": dict(
-        dataset="tiny",
-        max_steps=150,
-        learning_rate=5e-4,
-        warmup_steps=20,
-        eval_interval=50,
-        lora_rank=16,
-        lora_alpha=32.0,
-    ),
+    "tiny": dict(dataset="tiny", max_steps=150, learning_rate=5e-4, warmup_steps=20, eval_interval=50),
 }
 
 

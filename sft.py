@@ -65,7 +65,7 @@ class Settings(TuningSettings):
 
 PRESETS = {
     "ldiff": {},
-    "tiny": dict(dataset="tiny", max_steps=300, learning_rate=2e-3, warmup_steps=20, lora_rank=16, lora_alpha=32.0),
+    "tiny": dict(dataset="tiny", max_steps=300, learning_rate=2e-3, warmup_steps=20),
 }
 
 

@@ -87,7 +87,7 @@ def questions():
     for path in library_files():
         module = path.parent.name if path.stem == "__init__" else path.stem
         for question, text in summaries(parse(path.read_text(encoding="utf-8", errors="replace")), module):
-            if 20 <= len(text) <= 120:
+            if 20 <= len(text) <= 160:
                 answers.setdefault(text, question)
     pairs = [(question, text) for text, question in answers.items()]
     random.Random(0).shuffle(pairs)
