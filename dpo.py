@@ -75,19 +75,25 @@ class DPO(sft.FineTuning):
     def work(self, numbers):
         return len(numbers)
 
-    def count(self, parts):
+    def denominator(self, parts):
         return sum(len(idx) // 2 for idx, _, _ in parts)
 
     def loss_of(self, idx, positions, targets, scale):
         """idx (2 * pairs, T): the chosen answers with their prompts, then the rejected ones, in one forward pass."""
         with torch.no_grad(), disable_lora(self.model):
-            reference = self.token_logps(idx, positions, targets).sum(dim=-1)  # (2 * pairs,)
-        policy = self.token_logps(idx, positions, targets).sum(dim=-1)
-        s, chosen, rejected = self.settings, *policy.chunk(2)
-        losses, *rewards = dpo_loss(chosen, rejected, *reference.chunk(2), s.beta, s.label_smoothing)
-        margins = rewards[0] - rewards[1]
-        values = (losses, (margins > 0).float(), margins, *rewards, chosen, rejected)
-        return {name: value.sum() * scale for name, value in zip(("loss", *self.metrics), values)}
+            reference = self.logps(idx, positions, targets).sum(dim=-1)  # (2 * pairs,)
+        policy = self.logps(idx, positions, targets).sum(dim=-1)
+        chosen, rejected = policy.chunk(2)
+        losses, chosen_rewards, rejected_rewards = dpo_loss(
+            chosen, rejected, *reference.chunk(2), self.settings.beta, self.settings.label_smoothing
+        )
+        margins = chosen_rewards - rejected_rewards
+        values = {
+            "loss": losses, "accuracy": (margins > 0).float(), "margin": margins,
+            "chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards,
+            "chosen_logp": chosen, "rejected_logp": rejected,
+        }  # fmt: skip
+        return {name: value.sum() * scale for name, value in values.items()}
 
 
 def main():

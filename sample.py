@@ -56,7 +56,7 @@ class Speaker:
         self.encoding = get_tokenizer(checkpoint["data"].get("tokenizer"))
         self.ends = {self.encoding.encode_single_token(name) for name in ENDS}
         self.model = load_weights(GPT(self.config), checkpoint).to(self.device).eval()
-        print(f"model: {path}, after {self.stage}, step {checkpoint['step']}", file=sys.stderr)
+        print(f"model: {path}, {self.config.attn} after {self.stage}, step {checkpoint['step']}", file=sys.stderr)
 
     def tokens(self, prompt, limit):
         """Yield at most `limit` ids with which the model continues a list of ids, up to an end token."""
@@ -92,9 +92,12 @@ class Speaker:
         forgotten, to leave a quarter of the context free; raises UserError if the last alone does not fit."""
         context = self.config.block_size
         if (alone := len(render_prompt(messages[-1:], self.encoding))) >= context:
-            raise UserError(f"with its frame the message has {alone} tokens, and the context only {context}")
+            raise UserError(f"the message is too long: with its frame {alone} tokens, and the context has {context}")
+        kept = len(messages)
         while len(prompt := render_prompt(messages, self.encoding)) > 0.75 * context and len(messages) > 1:
             del messages[:2]
+        if len(messages) < kept:
+            print(f"(the {kept - len(messages)} oldest messages no longer fit and are forgotten)", file=sys.stderr)
         limit = min(self.settings.max_new_tokens, context - len(prompt))
         messages.append(("assistant", self.say(prompt, limit)))
 
@@ -143,10 +146,7 @@ def main():
 
 
 if __name__ == "__main__":
-    for stream in (
-        sys.stdin,
-        sys.stdout,
-        sys.stderr,
-    ):  # text that is not in the terminal's encoding is no reason to fail
+    # A character that the terminal's encoding lacks is no reason to fail.
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     run_script(main)

@@ -44,6 +44,7 @@ from train import (
 class TuningSettings(CommonSettings):
     """What SFT and DPO have in common."""
 
+    preset: str = flag("auto", "defaults; auto: tiny for a model of bytes, else ldiff", ("auto", "tiny", "ldiff"))
     attn: str = flag("", "attention mechanism; only the checkpoint's will do", choices=tuple(ATTENTION))
     source: str = flag("", "local JSONL file to prepare the data set from, instead of the hub")
     warmup_steps: int = flag(50, "steps of linear warmup, before the cosine", least=0)
@@ -75,13 +76,13 @@ def choose_settings(given, settings_class, presets, stage):
     if given.get("resume"):
         settings, start = resumed_settings(given, settings_class, stage)
         for name in ("attn", "lora_rank", "lora_alpha"):
-            if getattr(settings, name) != (begun := start["settings"].get(name)):
+            begun = start["settings"].get(name)
+            if getattr(settings, name) != begun:
                 raise UserError(f"the run was begun with --{name} {begun}, which --resume cannot change")
         return settings, start
     path = given.get("init_from", settings_class.init_from)
     if "init_from" not in given and not Path(path).exists():
-        script = {"pretrain": "train.py", "sft": "sft.py"}[Path(path).parent.name]
-        raise UserError(f"there is no {path} yet; python {script} makes it, or --init_from names another checkpoint")
+        raise UserError(f"there is no {path} yet: train the stage before, or name another checkpoint with --init_from")
     start = load_checkpoint(path)
     tokenizer, attn = start["data"].get("tokenizer"), start["config"].get("attn")
     if given.get("attn", attn) != attn:
@@ -99,14 +100,14 @@ def head_logps(lm_head, hidden, targets):
     return -F.cross_entropy(lm_head(hidden).float(), targets, reduction="none")
 
 
-def token_logps(model, idx, positions, targets, head_logps):
+def token_logps(model, idx, positions, targets, head):
     """Log-probabilities of `targets` (M,), the ids that follow `positions` (M,) of the flattened idx (B, T) -> (B, T)
     float32, zero at all other positions and where a target is -100.
 
-    Logits, the largest tensor of all, are computed at `positions` alone, by `head_logps`, which may be compiled.
+    Logits, the largest tensor of all, are computed at `positions` alone, by `head`: head_logps, or that compiled.
     """
     hidden = model.hidden(idx).flatten(0, 1).index_select(0, positions)  # (M, C)
-    logps = head_logps(model.lm_head, hidden, targets)
+    logps = head(model.lm_head, hidden, targets)
     return logps.new_zeros(idx.numel()).index_copy(0, positions, logps).view(idx.shape)
 
 
@@ -117,7 +118,7 @@ def compile_layers(model):
     Each operation rounds to bf16 as it does uncompiled: DPO's policy and reference are different programs, and would
     otherwise differ a little where they should not.
     """
-    torch._dynamo.config.specialize_float = True  # only sizes vary; a variable float would be computed on the CPU
+    torch._dynamo.config.specialize_float = True  # else the scale of the adapters is computed, on the CPU
     options = dict(dynamic=True, options={"emulate_precision_casts": True})
     for layer in model.layers:
         layer.compile(**options)
@@ -129,8 +130,12 @@ def compile_layers(model):
 
 
 class FineTuning(Run):
-    """LoRA on the model of the checkpoint `start`, or `start` itself resumed. SFT and DPO differ in their examples and
-    their loss."""
+    """LoRA on the model of the checkpoint `start`, or `start` itself resumed. SFT and DPO add to what Run asks for
+
+    loss_of(*tensors, scale)    where `scale` times a sum over the micro-batch is its share of the mean over the batch
+    denominator(parts)          what that is a mean over, the number of answer tokens or of pairs in the micro-batches
+    work(numbers)               the work in the examples with these numbers, in `unit`
+    """
 
     counted = "examples"
     rows_per_example = 1
@@ -142,7 +147,7 @@ class FineTuning(Run):
         torch.manual_seed(settings.seed)
         self.model = self.load_model(start, lora_dropout).to(self.device)
         compiling = wants_compile(settings.compile, self.device)
-        self.compiled_head_logps = compile_layers(self.model) if compiling else head_logps
+        self.head_logps = compile_layers(self.model) if compiling else head_logps
         self.optimizer = make_optimizer(self.model, weight_decay=0.0)
         if settings.resume:
             self.restore(start)
@@ -156,7 +161,9 @@ class FineTuning(Run):
             open_examples(directory, split, self.meta, self.rows_per_example, block_size) for split in ("train", "val")
         )
         if len(self.train) < s.batch_size:
-            raise UserError(f"{directory} has {len(self.train)} examples, fewer than a batch of {s.batch_size}")
+            raise UserError(
+                f"{directory} has {len(self.train)} examples, fewer than a batch of {s.batch_size}; lower --batch_size"
+            )
         self.lengths, self.epoch = self.train.lengths(), None
         spread = np.linspace(0, len(self.val) - 1, min(s.eval_examples, len(self.val))).astype(int)
         self.val_batches = self.micro_batches(self.val, spread[np.argsort(self.val.lengths()[spread], kind="stable")])
@@ -172,6 +179,7 @@ class FineTuning(Run):
         return load_weights(model, start) if s.resume else model
 
     def make_batch(self, step):
+        """See Run. Only prefetch's one thread calls it, so it may keep the order of the current epoch."""
         batch_size = self.settings.batch_size
         epoch, index = divmod(step - 1, len(self.train) // batch_size)
         if epoch != self.epoch:
@@ -184,12 +192,12 @@ class FineTuning(Run):
         its share of the mean over all."""
         size = self.settings.micro_batch_size
         parts = [collate(examples, numbers[i : i + size], self.config.block_size) for i in range(0, len(numbers), size)]
-        scale = torch.tensor(1 / self.count(parts))
+        scale = torch.tensor(1 / self.denominator(parts))  # a tensor, to travel with the others
         return [(*part, scale) for part in parts]
 
-    def token_logps(self, idx, positions, targets):
+    def logps(self, idx, positions, targets):
         with autocast(self.device):
-            return token_logps(self.model, idx, positions, targets, self.compiled_head_logps)
+            return token_logps(self.model, idx, positions, targets, self.head_logps)
 
     @torch.no_grad()
     def evaluate(self):
@@ -209,7 +217,7 @@ class FineTuning(Run):
         self.write("best.pt", step, merge_lora(copy.deepcopy(self.model)).state_dict())
 
     def sample(self, max_new_tokens=200):
-        """The answer to the first held-out prompt."""
+        """The first held-out prompt, and the model's answer to it."""
         self.model.eval()  # dropout off
         ids, end = self.val.ids[: self.val.offsets[1]], self.encoding.encode_single_token(IM_END)
         prompt = ids[: self.val.mask.argmax()].astype(np.int64)
@@ -231,11 +239,11 @@ class SFT(FineTuning):
     def work(self, numbers):
         return int(self.lengths[numbers].sum())  # tokens, padding not counted
 
-    def count(self, parts):
+    def denominator(self, parts):
         return sum((targets != -100).sum().item() for _, _, targets in parts)
 
     def loss_of(self, idx, positions, targets, scale):
-        return {"loss": -self.token_logps(idx, positions, targets).sum() * scale}
+        return {"loss": -self.logps(idx, positions, targets).sum() * scale}
 
 
 def main():

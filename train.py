@@ -101,6 +101,8 @@ def resumed_settings(given, settings_class, stage):
     if clash := {"preset", "init_from"} & given.keys():
         raise UserError(f"--resume goes on with a run as it was begun; it does not go with --{clash.pop()}")
     path = Path(given.get("out_dir", settings_class.out_dir)) / "ckpt.pt"
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path} to resume from; --out_dir names the run's folder")
     start = load_checkpoint(path)
     if start["stage"] != stage:
         raise UserError(f"{path} is a checkpoint of the stage {start['stage']}, not {stage}")
@@ -495,7 +497,7 @@ def describe(run):
     print(f"data: {meta['source']} ({counts} {run.counted}, {meta['tokenizer']} tokenizer)")
     is_gpu = run.device.type == "cuda"
     machine = torch.cuda.get_device_name(run.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
-    total, trained = (sum(p.numel() for p in parameters if p.requires_grad or not t) for t in (False, True))
+    total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     size = f"{si(total)} parameters" + (f", {si(trained)} of them trained" if trained < total else "")
     if flops := run.flops_per_unit():
         size += f", {si(flops)} FLOPs a {run.unit.removesuffix('s')}"

@@ -33,7 +33,7 @@ from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
 # For each kind of data, the data set whose prepare.py reads the user's own files, and what they are.
 READERS = {"": ("wikitext2", "text file"), "sft": ("slimorca", "JSONL file"), "dpo": ("orca_dpo_pairs", "JSONL file")}
 HELD_OUT = 0.1  # share of the text that becomes val.bin where no validation text is given
-VAL_EVERY = 20  # of examples, every 20th is held out
+VAL_EVERY = 20  # of examples, and of tiny's documents, every 20th is held out
 
 # ---------------------------------------------------------------------------------------------------
 # Writing
@@ -142,8 +142,9 @@ class SkippedRow(ValueError):
 def write_examples(directory, rows, tokenize, tokenizer, block_size, source, total=None):
     """Make examples of `rows`, of which there are `total`, on all cores and in memory that does not grow with them.
 
-    tokenize(row, encoding, block_size) returns the rows of an example, [(ids, mask), ...], or raises SkippedRow. Ids
-    beyond block_size are cut off. Raises UserError unless there is an example to train on and one to hold out.
+    tokenize(row, encoding, block_size) returns the rows of an example, [(ids, mask), ...], or raises SkippedRow. It is
+    called by other processes, so it must be a module's function. Ids beyond block_size are cut off. Raises UserError
+    unless there is an example to train on and one to hold out.
     """
     directory, encoding, report = Path(directory), get_tokenizer(tokenizer), Counter(rows=0, cut=0)
     directory.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,8 @@ def write_examples(directory, rows, tokenize, tokenizer, block_size, source, tot
             if example:
                 (train if (train.examples + val.examples) % VAL_EVERY else val).add(example)
         if not train.examples:
-            raise UserError(f"{source} has {val.examples} usable examples; the least is 2 ({dict(report)})")
+            counts = ", ".join(f"{count:,} {what}" for what, count in report.items())
+            raise UserError(f"{source} has too few usable examples, {val.examples}; the least is 2 ({counts})")
         (directory / "meta.json").unlink(missing_ok=True)  # the files of an earlier set stay whole until here
     writers = {"train": train, "val": val}
     meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "block_size": block_size, "source": source}
@@ -274,7 +276,7 @@ def prepared_directory(name, source, kind="", **options):
     module = importlib.import_module(f"data.{name if has_own else reader}.prepare")
     prepare = getattr(module, f"prepare_{kind or 'text'}", None)
     if prepare is None:
-        raise UserError(f"the data set {name} is not for {kind or 'pretraining'}; {reader} is")
+        raise UserError(f"the data set {name} is not for {kind or 'pretraining'}; {reader} and tiny are")
     prepare(home / kind, source=source, **options)
     return home / kind
 
@@ -302,7 +304,7 @@ def read_meta(directory, tokenizer=""):
     if tokenizer not in ("", meta["tokenizer"]):
         raise UserError(
             f"{directory} was prepared with --tokenizer {meta['tokenizer']}, not {tokenizer}; "
-            "give the other data another --dataset name, or delete the folder to prepare it again"
+            "give the other data another --dataset name, or delete the folder and prepare it again"
         )
     return meta
 
@@ -351,7 +353,7 @@ def open_examples(directory, split, meta, group, block_size):
     if meta.get("block_size") != block_size:
         raise UserError(
             f"{directory} was made for a context of {meta.get('block_size')}, and the model has one of {block_size}; "
-            "give the other data another --dataset name, or delete the folder to prepare it again"
+            "give the other data another --dataset name, or delete the folder and prepare it again"
         )
     ids = open_tokens(directory, split, meta)
     mask = _memory_map(directory / f"{split}.mask.bin", np.uint8, tokens)

@@ -124,14 +124,14 @@ def test_pairs_become_two_rows_with_the_same_prompt(tmp_path):
 def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path):
     lines = [
         pair(), pair(), b"nonsense", [1], "text",
-        pair(question=None), {"question": "a", "chosen": "b", "rejected": "c"},
+        pair(question=None), {"question": "a", "chosen": "b"}, {"conversations": []},
         pair(chosen=""), pair(rejected=" "), pair(chosen=["a"]),
         pair(chosen="Same", rejected="Same "), pair(chosen="x" * 64 + "a", rejected="x" * 64 + "b"),
         pair(question="q" * 64), pair(chosen="a" * 64),
     ]  # fmt: skip
     folder, meta = prepare(tmp_path, prepare_dpo, lines)
     assert meta["report"] == {
-        "rows": 14, "cut": 1, "malformed": 5, "with an empty text": 3, "whose answers are the same": 2,
+        "rows": 15, "cut": 1, "malformed": 4, "with an empty text": 5, "whose answers are the same": 2,
         "whose prompt leaves no room": 1,
     }  # fmt: skip
     assert meta["examples"] == {"train": 2, "val": 1}
@@ -146,7 +146,7 @@ def test_prompt_and_answers_are_tokenized_apart():
 
 @pytest.mark.parametrize("lines", [[], [b"no"], [pair()]])
 def test_too_few_examples(tmp_path, lines):
-    with pytest.raises(UserError, match="usable examples; the least is 2"):
+    with pytest.raises(UserError, match="too few usable examples, .; the least is 2"):
         prepare(tmp_path, prepare_dpo, lines)
     assert not any((tmp_path / "set").iterdir())
 
@@ -205,9 +205,9 @@ def test_examples_of_a_named_data_set(tmp_path):
     assert prepared_directory(name, "", "dpo", **options) == tmp_path / "own" / "dpo"
     with pytest.raises(UserError, match="there is no data set"):
         prepared_directory(name, "", "sft", **options)
-    with pytest.raises(UserError, match="the data set wikitext2 is not for sft; slimorca is"):
+    with pytest.raises(UserError, match="the data set wikitext2 is not for sft; slimorca and tiny are"):
         prepared_directory("wikitext2", "", "sft", **options)
-    with pytest.raises(UserError, match="the data set slimorca is not for pretraining; wikitext2 is"):
+    with pytest.raises(UserError, match="the data set slimorca is not for pretraining; wikitext2 and tiny are"):
         prepared_directory("slimorca", "my.jsonl", **options)
 
 

@@ -103,7 +103,7 @@ def test_log_probabilities_of_sequences(home, attn):
     numbers = np.array([5, 0, 9])
     ((idx, positions, targets, scale),) = run.micro_batches(run.train, numbers)
     assert scale.item() == pytest.approx(1 / 3)
-    logps = run.token_logps(idx, positions, targets)
+    logps = run.logps(idx, positions, targets)
     assert logps.shape == idx.shape and (logps != 0).sum() == (targets != -100).sum()
     examples = run.train
     for row, number in enumerate([*2 * numbers, *2 * numbers + 1]):
@@ -342,7 +342,7 @@ def test_recipe():
      ("sft", ["--lora_rank", "64"], "LoRA rank 64 does not fit a matrix of"),
      ("sft", ["--batch_size", "64"], "has 57 examples, fewer than a batch of 64"),
      ("sft", ["--dataset", "nosuch"], "there is no data set nosuch"),
-     ("dpo", ["--dataset", "slimorca"], "the data set slimorca is not for dpo; orca_dpo_pairs is"),
+     ("dpo", ["--dataset", "slimorca"], "the data set slimorca is not for dpo; orca_dpo_pairs and tiny are"),
      ("sft", ["--resume"], "there is no checkpoint"),
      ("dpo", ["--batch_size", "6", "--micro_batch_size", "4"], "not a multiple"),
      ("dpo", ["--source", "nosuch.jsonl", "--dataset", "/tmp/nosuch"], "cannot read nosuch.jsonl")],
@@ -354,8 +354,8 @@ def test_impossible_settings(run, stage, flags, message):
 
 def test_a_stage_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for module, path, script in ((sft, "out/pretrain/best.pt", "train.py"), (dpo, "out/sft/best.pt", "sft.py")):
-        with pytest.raises(UserError, match=f"there is no {path} yet; python {script} makes it"):
+    for module, path in ((sft, "out/pretrain/best.pt"), (dpo, "out/sft/best.pt")):
+        with pytest.raises(UserError, match=f"there is no {path} yet: train the stage before"):
             sft.choose_settings({}, module.Settings, module.PRESETS, "")
 
 

@@ -66,7 +66,7 @@ def ids(text, *ends):
 def test_continues_a_text(say):
     out, err, prompts = say("--prompt", "Once", "--max_new_tokens", 5, says=ids(" upon a time"))
     assert out == "Once upon\n" and prompts == [f"{END_OF_TEXT}Once"]
-    assert "model: out/sft/best.pt, after sft, step 7" in err
+    assert "model: out/sft/best.pt, v2 after sft, step 7" in err
 
 
 def test_without_a_prompt_a_pretrained_model_writes(say):
@@ -88,14 +88,14 @@ def test_first_message_from_the_command_line(say):
 
 
 def test_a_long_conversation_forgets_its_beginning(say):
-    _, _, prompts = say(typed="aaaa\nbbbb\ncccc\n", says=ids("x" * 9, IM_END))
+    _, err, prompts = say(typed="aaaa\nbbbb\ncccc\n", says=ids("x" * 9, IM_END))
     frames = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in ("aaaa", "bbbb", "cccc")]
-    assert prompts == frames  # two do not fit
+    assert prompts == frames and err.count("(the 2 oldest messages no longer fit and are forgotten)") == 2
 
 
 def test_a_message_that_does_not_fit(say):
     out, err, prompts = say(typed="a" * 60 + "\nHi\n", says=ids("Hey", IM_END))
-    assert "error: with its frame the message has 79 tokens, and the context only 64" in err
+    assert "error: the message is too long: with its frame 79 tokens, and the context has 64" in err
     assert out == "> > Hey\n> \n" and len(prompts) == 1
 
 
@@ -129,7 +129,7 @@ def test_the_furthest_stage_speaks(home, say):
     (home / "out" / "sft").rename(home / "out" / "dpo")
     assert "model: out/dpo/best.pt" in say("--prompt", "a")[1]
     (home / "out" / "dpo" / "best.pt").unlink()
-    assert "model: out/pretrain/best.pt, after pretrain" in say("--prompt", "a")[1]
+    assert "model: out/pretrain/best.pt, v2 after pretrain" in say("--prompt", "a")[1]
     (home / "out" / "pretrain" / "best.pt").unlink()
     with pytest.raises(UserError, match="there is no model in out/ yet; python train.py makes one"):
         say("--prompt", "a")
@@ -173,7 +173,7 @@ def test_the_whole_road(tmp_path):
     call("sft", *small, "--max_steps", 60, "--eval_examples", 64, "--eval_interval", 30)
     text = call("dpo", *small, "--max_steps", 60, "--eval_examples", 64, "--eval_interval", 30)
     assert "before the first step:\n    validation loss 0.6931, accuracy 0.000, margin 0.000" in text
-    assert "out/dpo/best.pt, after dpo" in call("sample", typed="What is the class queue.Queue?\n")
+    assert "out/dpo/best.pt, v2 after dpo" in call("sample", typed="What is the class queue.Queue?\n")
     assert "after pretrain" in call("sample", "--init_from", "out/pretrain/best.pt", "--prompt", "Return")
 
     def last(stage, column):

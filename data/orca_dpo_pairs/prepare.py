@@ -3,7 +3,8 @@
     python -m data.orca_dpo_pairs.prepare
     python -m data.orca_dpo_pairs.prepare --source my.jsonl --out_dir data/mine
 
-A line of it: {"system": "", "question": "...", "chosen": "...", "rejected": "..."}.
+A line of it: {"system": "", "question": "...", "chosen": "...", "rejected": "..."}. For a model of another context or
+tokenizer, say so (--block_size 256 --tokenizer bytes), or leave it to dpo.py --dataset mine --source my.jsonl.
 """
 
 from pathlib import Path
@@ -17,10 +18,10 @@ FIELDS = ("system", "question", "chosen", "rejected")
 
 
 def texts(row):
-    """The four texts of a row; raises SkippedRow if it is malformed, or lacks one of the last three."""
+    """The four texts of a row; raises SkippedRow if it has no texts, or lacks one of the last three."""
     try:
-        system, question, chosen, rejected = ((row[name] or "").strip() for name in FIELDS)
-    except (AttributeError, KeyError, TypeError) as error:
+        system, question, chosen, rejected = ((row.get(name) or "").strip() for name in FIELDS)
+    except (AttributeError, TypeError) as error:
         raise SkippedRow("malformed") from error
     if not (question and chosen and rejected):
         raise SkippedRow("with an empty text")

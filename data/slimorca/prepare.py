@@ -4,7 +4,9 @@
     python -m data.slimorca.prepare --source my.jsonl --out_dir data/mine
 
 A line of it: {"conversations": [{"from": "system", "value": "..."}, {"from": "human", "value": "..."},
-{"from": "gpt", "value": "..."}]}, with or without the system's turn, and with as many others as there are.
+{"from": "gpt", "value": "..."}]}, with or without the system's turn, and with as many others as there are. For a model
+of another context or tokenizer, say so (--block_size 256 --tokenizer bytes), or leave it to
+sft.py --dataset mine --source my.jsonl.
 """
 
 from pathlib import Path

@@ -16,12 +16,11 @@ import warnings
 from pathlib import Path
 
 from data import Parser, UserError, run_script
-from data.dataset import write_dataset, write_examples
+from data.dataset import VAL_EVERY, write_dataset, write_examples
 from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
 from data.slimorca.prepare import tokenize as tokenize_conversation
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
-VAL_EVERY = 20  # every 20th document is held out
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FUNCTION = "What does the function {} do?"
 QUESTIONS = {
@@ -121,8 +120,8 @@ def preferences():
     """Rows with a right answer, preferred, and a wrong one: to a question about a function the docstring of a class or
     module, and the other way round, which even a small model can tell apart. Every answer is used once."""
     pairs = questions()
-    functions = [pair for pair in pairs if pair[0].startswith("What does")]
-    others = [pair for pair in pairs if not pair[0].startswith("What does")]
+    functions = [pair for pair in pairs if pair[0].startswith(FUNCTION[:9])]
+    others = [pair for pair in pairs if not pair[0].startswith(FUNCTION[:9])]
     for index, ((function, does), (other, is_)) in enumerate(zip(functions, others)):
         about_function = {"question": function, "chosen": does, "rejected": is_}
         about_other = {"question": other, "chosen": is_, "rejected": does}
