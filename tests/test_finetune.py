@@ -174,6 +174,13 @@ def test_speed_counts_tokens_without_padding(run):
     assert work < sum(idx.numel() for idx, *_ in micro_batches)
 
 
+def test_every_epoch_has_another_order(run):
+    finished = run("sft", "--max_steps", 1)
+    first = finished.order
+    finished.make_batch(15)  # of an epoch of 14
+    assert finished.epoch == 1 and not np.array_equal(finished.order, first)
+
+
 def test_dropout_is_off_in_validation(run):
     finished = run("sft", "--lora_dropout", 0.5)
     assert finished.evaluate() == finished.evaluate()
