@@ -352,7 +352,7 @@ def test_recipe():
      ("dpo", ["--dataset", "slimorca"], "the data set slimorca is not for dpo; orca_dpo_pairs and tiny are"),
      ("sft", ["--resume"], "there is no checkpoint"),
      ("dpo", ["--batch_size", "6", "--micro_batch_size", "4"], "not a multiple"),
-     ("dpo", ["--source", "nosuch.jsonl", "--dataset", "/tmp/nosuch"], "cannot read nosuch.jsonl")],
+     ("dpo", ["--source", "nosuch.jsonl", "--dataset", "./nosuch"], "cannot read nosuch.jsonl")],
 )  # fmt: skip
 def test_impossible_settings(run, stage, flags, message):
     with pytest.raises(UserError, match=message):
