@@ -44,9 +44,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self):
         """The linear layer with W + (alpha / rank) * B A, added in float32 and cast once."""
-        delta = (
-            self.scaling * self.lora_B.double() @ self.lora_A.double()
-        )  # in float64, which neither autocast nor TF32 shortens
+        delta = self.scaling * self.lora_B.double() @ self.lora_A.double()  # neither autocast nor TF32 shortens float64
         weight = (self.base.weight.float() + delta.float()).to(self.base.weight.dtype)
         self.base.weight = nn.Parameter(weight)  # a new one, lest a tied embedding change with it
         return self.base

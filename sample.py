@@ -80,10 +80,8 @@ class Speaker:
     def complete(self, text):
         """Continue a text from its beginning, which a document's end comes before."""
         prompt = [self.encoding.encode_single_token(END_OF_TEXT), *self.encoding.encode_ordinary(text)]
-        if len(prompt) > self.config.block_size:
-            raise UserError(
-                f"the prompt has {len(prompt) - 1} tokens, more than the context of {self.config.block_size}"
-            )
+        if len(prompt) - 1 > self.config.block_size:
+            raise UserError(f"the prompt's {len(prompt) - 1} tokens exceed the context of {self.config.block_size}")
         print(text, end="", flush=True)
         self.say(prompt, self.settings.max_new_tokens)
 

@@ -14,54 +14,39 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import train
 from data import UserError, run_script
 from data.dataset import bucketed_epoch, collate, open_examples, prepared_directory, read_meta
 from data.tokenizer import IM_END, get_tokenizer
 from lora import apply_lora, lora_state_dict, merge_lora
 from model import ATTENTION, GPT
-from train import (
-    CommonSettings,
-    Run,
-    add_share,
-    autocast,
-    carry_out,
-    choose_preset,
-    flag,
-    load_checkpoint,
-    load_weights,
-    make_optimizer,
-    parse_flags,
-    resumed_settings,
-    saved_config,
-    wants_compile,
-)
 
 # ---------------------------------------------------------------------------------------------------
 # Settings
 
 
 @dataclass
-class TuningSettings(CommonSettings):
+class TuningSettings(train.CommonSettings):
     """What SFT and DPO have in common."""
 
-    preset: str = flag("auto", "defaults; auto: tiny for a model of bytes, else ldiff", ("auto", "tiny", "ldiff"))
-    attn: str = flag("", "attention mechanism; only the checkpoint's will do", choices=tuple(ATTENTION))
-    source: str = flag("", "local JSONL file to prepare the data set from, instead of the hub")
-    warmup_steps: int = flag(50, "steps of linear warmup, before the cosine", least=0)
-    eval_examples: int = flag(256, "held-out examples to validate on, always the same", least=1)
-    lora_rank: int = flag(64, "rank of the adapters", least=1)
-    lora_alpha: float = flag(128.0, "the adapters' part is multiplied by lora_alpha / lora_rank", least=0)
+    preset: str = train.flag("auto", "defaults; auto: tiny for a model of bytes, else ldiff", ("auto", "tiny", "ldiff"))
+    attn: str = train.flag("", "attention mechanism; only the checkpoint's will do", choices=tuple(ATTENTION))
+    source: str = train.flag("", "local JSONL file to prepare the data set from, instead of the hub")
+    warmup_steps: int = train.flag(50, "steps of linear warmup, before the cosine", least=0)
+    eval_examples: int = train.flag(256, "held-out examples to validate on, always the same", least=1)
+    lora_rank: int = train.flag(64, "rank of the adapters", least=1)
+    lora_alpha: float = train.flag(128.0, "the adapters' part is multiplied by lora_alpha / lora_rank", least=0)
 
 
 @dataclass
 class Settings(TuningSettings):
     """SFT. The defaults are the ldiff preset."""
 
-    dataset: str = flag("slimorca", "folder in data/, or a path with a slash")
-    out_dir: str = flag("out/sft", "where checkpoints and log.csv go")
-    init_from: str = flag("out/pretrain/best.pt", "checkpoint of the model to tune")
-    learning_rate: float = flag(2e-4, "peak", least=0)
-    lora_dropout: float = flag(0.0, "share of the adapters' inputs that is dropped", least=0, most=0.99)
+    dataset: str = train.flag("slimorca", "folder in data/, or a path with a slash")
+    out_dir: str = train.flag("out/sft", "where checkpoints and log.csv go")
+    init_from: str = train.flag("out/pretrain/best.pt", "checkpoint of the model to tune")
+    learning_rate: float = train.flag(2e-4, "peak", least=0)
+    lora_dropout: float = train.flag(0.0, "share of the adapters' inputs that is dropped", least=0, most=0.99)
 
 
 PRESETS = {
@@ -74,7 +59,7 @@ def choose_settings(given, settings_class, presets, stage):
     """The settings, and the checkpoint to start from or to resume. Flags go over the preset, the preset over the
     defaults; the checkpoint's tokenizer decides which preset `auto` is."""
     if given.get("resume"):
-        settings, start = resumed_settings(given, settings_class, stage)
+        settings, start = train.resumed_settings(given, settings_class, stage)
         for name in ("attn", "lora_rank", "lora_alpha"):
             begun = start["settings"].get(name)
             if getattr(settings, name) != begun:
@@ -83,11 +68,12 @@ def choose_settings(given, settings_class, presets, stage):
     path = given.get("init_from", settings_class.init_from)
     if "init_from" not in given and not Path(path).exists():
         raise UserError(f"there is no {path} yet: train the stage before, or name another checkpoint with --init_from")
-    start = load_checkpoint(path)
+    start = train.load_checkpoint(path)
     tokenizer, attn = start["data"].get("tokenizer"), start["config"].get("attn")
     if given.get("attn", attn) != attn:
         raise UserError(f"the model in {path} has the attention {attn}, not {given['attn']}")
-    preset = choose_preset(given, "tiny" if tokenizer == "bytes" else "ldiff", f"{path} has the tokenizer {tokenizer}")
+    fitting = "tiny" if tokenizer == "bytes" else "ldiff"
+    preset = train.choose_preset(given, fitting, f"{path} has the tokenizer {tokenizer}")
     return settings_class(**{**presets[preset], **given, "preset": preset, "attn": attn}), start
 
 
@@ -129,7 +115,7 @@ def compile_layers(model):
 # The run
 
 
-class FineTuning(Run):
+class FineTuning(train.Run):
     """LoRA on the model of the checkpoint `start`, or `start` itself resumed. SFT and DPO add to what Run asks for
 
     loss_of(*tensors, scale)    where `scale` times a sum over the micro-batch is its share of the mean over the batch
@@ -139,53 +125,59 @@ class FineTuning(Run):
 
     counted = "examples"
     rows_per_example = 1
+    epoch = None  # the pass over the examples whose order make_batch keeps
 
     def __init__(self, settings, start, lora_dropout=0.0):
         super().__init__(settings)
-        self.config = saved_config(start, settings.attn_impl)
+        self.config = train.saved_config(start, settings.attn_impl)
         self.load_data(start["data"].get("tokenizer"))
         torch.manual_seed(settings.seed)
         self.model = self.load_model(start, lora_dropout).to(self.device)
-        compiling = wants_compile(settings.compile, self.device)
+        compiling = train.wants_compile(settings.compile, self.device)
         self.head_logps = compile_layers(self.model) if compiling else head_logps
-        self.optimizer = make_optimizer(self.model, weight_decay=0.0)
+        self.optimizer = train.make_optimizer(self.model, weight_decay=0.0)
         if settings.resume:
             self.restore(start)
 
     def load_data(self, tokenizer):
         s, block_size = self.settings, self.config.block_size
-        self.encoding, options = get_tokenizer(tokenizer), dict(tokenizer=tokenizer, block_size=block_size)
-        directory = prepared_directory(s.dataset, s.source, self.stage, **options)
+        self.encoding = get_tokenizer(tokenizer)
+        directory = prepared_directory(s.dataset, s.source, self.stage, tokenizer=tokenizer, block_size=block_size)
         self.meta = read_meta(directory, tokenizer)
-        self.train, self.val = (
+        self.train_examples, self.val_examples = (
             open_examples(directory, split, self.meta, self.rows_per_example, block_size) for split in ("train", "val")
         )
-        if len(self.train) < s.batch_size:
+        self.lengths, count = self.train_examples.lengths(), len(self.train_examples)
+        if count < s.batch_size:
             raise UserError(
-                f"{directory} has {len(self.train)} examples, fewer than a batch of {s.batch_size}; lower --batch_size"
+                f"{directory} has {count} examples, fewer than a batch of {s.batch_size}; lower --batch_size"
             )
-        self.lengths, self.epoch = self.train.lengths(), None
-        spread = np.linspace(0, len(self.val) - 1, min(s.eval_examples, len(self.val))).astype(int)
-        self.val_batches = self.micro_batches(self.val, spread[np.argsort(self.val.lengths()[spread], kind="stable")])
+        self.val_batches = self.micro_batches(self.val_examples, self.validated())
+
+    def validated(self):
+        """The numbers of the held-out examples to validate on: spread over all, the shorter ones first."""
+        total = len(self.val_examples)
+        spread = np.linspace(0, total - 1, min(self.settings.eval_examples, total)).astype(int)
+        return spread[np.argsort(self.val_examples.lengths()[spread], kind="stable")]
 
     def load_model(self, start, lora_dropout):
         s, model = self.settings, GPT(self.config)
         if not s.resume:
-            load_weights(model, start)
+            train.load_weights(model, start)
         try:
             apply_lora(model, s.lora_rank, s.lora_alpha, lora_dropout)
         except ValueError as error:
             raise UserError(error) from error
-        return load_weights(model, start) if s.resume else model
+        return train.load_weights(model, start) if s.resume else model
 
     def make_batch(self, step):
         """See Run. Only prefetch's one thread calls it, so it may keep the order of the current epoch."""
         batch_size = self.settings.batch_size
-        epoch, index = divmod(step - 1, len(self.train) // batch_size)
+        epoch, index = divmod(step - 1, len(self.train_examples) // batch_size)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, bucketed_epoch(self.lengths, batch_size, self.settings.seed, epoch)
         numbers = self.order[index]
-        return self.work(numbers), self.micro_batches(self.train, numbers)
+        return self.work(numbers), self.micro_batches(self.train_examples, numbers)
 
     def micro_batches(self, examples, numbers):
         """The examples in micro-batches; each has, beside its tensors, what a sum over it is multiplied with to make it
@@ -196,7 +188,7 @@ class FineTuning(Run):
         return [(*part, scale) for part in parts]
 
     def logps(self, idx, positions, targets):
-        with autocast(self.device):
+        with train.autocast(self.device):
             return token_logps(self.model, idx, positions, targets, self.head_logps)
 
     @torch.no_grad()
@@ -204,7 +196,7 @@ class FineTuning(Run):
         self.model.eval()  # dropout off
         total = {}
         for tensors in self.val_batches:
-            total = add_share(total, self.loss_of(*(tensor.to(self.device) for tensor in tensors)))
+            total = train.add_share(total, self.loss_of(*(tensor.to(self.device) for tensor in tensors)))
         self.model.train()
         values = {name: value.item() for name, value in total.items()}
         line = f"    validation loss {values['loss']:.4f}"
@@ -219,10 +211,10 @@ class FineTuning(Run):
     def sample(self, max_new_tokens=200):
         """The first held-out prompt, and the model's answer to it."""
         self.model.eval()  # dropout off
-        ids, end = self.val.ids[: self.val.offsets[1]], self.encoding.encode_single_token(IM_END)
-        prompt = ids[: self.val.mask.argmax()].astype(np.int64)
+        end = self.encoding.encode_single_token(IM_END)
+        prompt = self.val_examples.ids[: self.val_examples.mask.argmax()].astype(np.int64)
         start = torch.from_numpy(prompt)[None].to(self.device)
-        with autocast(self.device), torch.compiler.set_stance("force_eager"):  # no program for every new length
+        with train.autocast(self.device), torch.compiler.set_stance("force_eager"):  # no program for every new length
             stream = self.model.stream(start, max_new_tokens, temperature=0.8, top_k=50, n_vocab=self.encoding.n_vocab)
             answer = list(itertools.takewhile(lambda token: token != end, (token.item() for token in stream)))
         return self.encoding.decode([*prompt, *answer], errors="replace")
@@ -247,8 +239,8 @@ class SFT(FineTuning):
 
 
 def main():
-    given = parse_flags(Settings, __doc__, PRESETS["tiny"])
-    carry_out(SFT(*choose_settings(given, Settings, PRESETS, SFT.stage)))
+    given = train.parse_flags(Settings, __doc__, PRESETS["tiny"])
+    train.carry_out(SFT(*choose_settings(given, Settings, PRESETS, SFT.stage)))
 
 
 if __name__ == "__main__":

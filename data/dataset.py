@@ -150,10 +150,12 @@ def write_examples(directory, rows, tokenize, tokenizer, block_size, source, tot
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files:
         train, val = (_ExampleWriter(directory, split, files) for split in ("train", "val"))
-        results = _tokenize_all(rows, (tokenize, tokenizer, block_size))
+        results = _tokenize_all(rows, tokenize, tokenizer, block_size)
         for example, cut, skipped in tqdm(results, "tokenizing", total, unit=" rows"):
-            report.update({"rows": 1, "cut": cut, skipped: 1} if skipped else {"rows": 1, "cut": cut})
-            if example:
+            report.update(rows=1, cut=cut)
+            if skipped:
+                report[skipped] += 1
+            else:
                 (train if (train.examples + val.examples) % VAL_EVERY else val).add(example)
         if not train.examples:
             counts = ", ".join(f"{count:,} {what}" for what, count in report.items())
@@ -190,13 +192,13 @@ class _ExampleWriter:
         self.examples += 1
 
 
-def _tokenize_all(rows, work):
-    """Yield _tokenize's result for every row, in order. Only so many rows are under way at once."""
+def _tokenize_all(rows, *arguments):
+    """Yield what _tokenize_chunk says of every row, in order. Only so many rows are under way at once."""
     rows, under_way = iter(rows), deque()
     ignore_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # this process answers it
     with ProcessPoolExecutor(**ignore_ctrl_c) as pool:
         while chunk := list(itertools.islice(rows, 64)):
-            under_way.append(pool.submit(_tokenize_chunk, chunk, *work))
+            under_way.append(pool.submit(_tokenize_chunk, chunk, *arguments))
             if len(under_way) > 4 * os.cpu_count():
                 yield from under_way.popleft().result()
         while under_way:

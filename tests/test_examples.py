@@ -180,7 +180,7 @@ def test_rows_from_the_hub(monkeypatch, tmp_path):
      (lambda f: (f / "val.mask.bin").write_bytes(bytes((f / "val.mask.bin").stat().st_size)), "is damaged"),
      (lambda f: (f / "val.offsets.bin").write_bytes(bytes(8)), "should have"),
      (lambda f: (f / "val.offsets.bin").write_bytes(bytes(24)), "is damaged"),
-     (lambda f: (f / "val.offsets.bin").write_bytes(np.array([0, 99, 27]).tobytes()), "is damaged"),
+     (lambda f: (f / "val.offsets.bin").write_bytes(np.array([0, 60, 54]).tobytes()), "is damaged"),
      (lambda f: (f / "val.bin").write_bytes(b""), "cannot read")],
 )  # fmt: skip
 def test_damaged_examples(tmp_path, damage, message):

@@ -69,6 +69,10 @@ def test_continues_a_text(say):
     assert "model: out/sft/best.pt, v2 after sft, step 7" in err
 
 
+def test_a_prompt_may_fill_the_context(say):
+    assert say("--prompt", "a" * 64, "--max_new_tokens", 3, "--temperature", 0)[0].startswith("a" * 64)
+
+
 def test_without_a_prompt_a_pretrained_model_writes(say):
     out, _, prompts = say("--init_from", "out/pretrain/best.pt", says=ids("Text.", END_OF_TEXT))
     assert out == "Text.\n" and prompts == [END_OF_TEXT]
@@ -139,7 +143,7 @@ def test_the_furthest_stage_speaks(home, say):
     "flags, message",
     [(["--chat", "--init_from", "out/pretrain/best.pt"], "has not learned to chat; python sft.py teaches it"),
      (["--init_from", "nosuch.pt"], "there is no checkpoint nosuch.pt"),
-     (["--prompt", "a" * 65], "the prompt has 65 tokens, more than the context of 64"),
+     (["--prompt", "a" * 65], "the prompt's 65 tokens exceed the context of 64"),
      (["--device", "cuda:99"], "is not available")],
 )  # fmt: skip
 def test_impossible_requests(say, flags, message):

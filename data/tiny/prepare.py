@@ -4,8 +4,8 @@
 
 Text: the language reference's topics (pydoc_data.topics) and the docstrings of the standard library, read from its
 source files without importing them. SFT: a question about a function, class or module, answered by the first paragraph
-of its docstring. DPO: that answer is preferred to the one that belongs to another question. Another Python version has
-slightly other texts.
+of its docstring. DPO: that answer is preferred to one that belongs to a question of another kind. Another version of
+Python has slightly other texts.
 """
 
 import ast
@@ -120,8 +120,9 @@ def preferences():
     """Rows with a right answer, preferred, and a wrong one: to a question about a function the docstring of a class or
     module, and the other way round, which even a small model can tell apart. Every answer is used once."""
     pairs = questions()
-    functions = [pair for pair in pairs if pair[0].startswith(FUNCTION[:9])]
-    others = [pair for pair in pairs if not pair[0].startswith(FUNCTION[:9])]
+    beginning = FUNCTION.split("{")[0]
+    functions = [pair for pair in pairs if pair[0].startswith(beginning)]
+    others = [pair for pair in pairs if not pair[0].startswith(beginning)]
     for index, ((function, does), (other, is_)) in enumerate(zip(functions, others)):
         about_function = {"question": function, "chosen": does, "rejected": is_}
         about_other = {"question": other, "chosen": is_, "rejected": does}
