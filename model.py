@@ -12,6 +12,7 @@ Transformer V2 (January 2026).
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -21,6 +22,11 @@ try:
     from flash_attn import flash_attn_func
 except ImportError:  # optional; `auto` never needs it
     flash_attn_func = None
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it comes with PyTorch for CUDA
+    triton = None
 
 HALF = (torch.bfloat16, torch.float16)  # what fused kernels on CUDA take
 ATTENTION_IMPLS = ("auto", "flash_attn", "sdpa", "naive")
@@ -186,6 +192,17 @@ def apply_rope(x, rope):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
+def project(x, *layers):
+    """What several linear layers make of the same x (..., in), in one matrix product, which is faster. Their weights
+    are put side by side for it, filled up to a multiple of 8 rows, without which products slow down."""
+    if not torch.is_grad_enabled() or any(type(layer) is not nn.Linear for layer in layers):
+        return [layer(x) for layer in layers]  # to generate token by token, moving the weights would cost more
+    sizes = [layer.out_features for layer in layers]
+    missing = -sum(sizes) % 8
+    weight = F.pad(torch.cat([layer.weight for layer in layers]), (0, 0, 0, missing))
+    return F.linear(x, weight).split([*sizes, missing], dim=-1)[: len(layers)]
+
+
 class Attention(nn.Module):
     """Causal softmax attention with grouped queries: the baseline, and what both DIFF variants build on."""
 
@@ -202,15 +219,25 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
 
-    def qkv(self, x, rope):
-        """x (B, T, C) -> q (B, T, H, D), k (B, T, K, D), both rotated, and v (B, T, G, Dv)."""
-        q = apply_rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
-        k = apply_rope(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
+    def qkv(self, x, rope, *more):
+        """x (B, T, C) -> q (B, T, H, D), k (B, T, K, D), both rotated, v (B, T, G, Dv), and the outputs of `more`
+        layers. v has a product of its own: as a part of a larger one it would keep all of that in memory."""
+        q, k, *rest = project(x, self.q_proj, self.k_proj, *more)
+        q = apply_rope(q.unflatten(-1, (-1, self.head_dim)), rope)
+        k = apply_rope(k.unflatten(-1, (-1, self.head_dim)), rope)
         v = self.v_proj(x).unflatten(-1, (-1, self.value_width * self.head_dim))
-        return q, k, v
+        return q, k, v, *rest
 
-    def forward(self, x, rope):
-        y = attention(*self.qkv(x, rope), causal=True, impl=self.impl)
+    def attend(self, q, k, v, cache):
+        """Causal attention among these tokens, or of one token to all in the cache."""
+        if cache is not None:
+            cache.k[:, cache.positions], cache.v[:, cache.positions] = k, v
+            if q.size(1) == 1:
+                return decode_attention(q, cache.k, cache.v, cache.positions)
+        return attention(q, k, v, causal=True, impl=self.impl)
+
+    def forward(self, x, rope, cache=None):
+        y = self.attend(*self.qkv(x, rope), cache)
         return self.o_proj(y.flatten(2))
 
 
@@ -242,12 +269,12 @@ class DiffAttnV1(Attention):
         q1, k1, q2, k2 = map(at_least_float32, (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init.type_as(q1)
 
-    def forward(self, x, rope):
+    def forward(self, x, rope, cache=None):
         q, k, v = self.qkv(x, rope)
         # Kernels give neighbouring query heads the same key head, so the queries that use map 1 of a group come first.
         q = q.unflatten(2, (self.n_group, -1, 2))  # (B, T, group, pair, map, D)
         q = q.transpose(3, 4).flatten(2, 4)  # (B, T, group * map * pair, D)
-        y = attention(q, k, v, causal=True, impl=self.impl)  # (B, T, group * map * pair, 2D)
+        y = self.attend(q, k, v, cache)  # (B, T, group * map * pair, 2D)
         y1, y2 = y.unflatten(2, (self.n_group, 2, -1)).unbind(3)  # (B, T, group, pair, 2D) each
         y = at_least_float32(self.subln(y1 - self.lam(x) * y2)) * (1 - self.lambda_init)
         return self.o_proj(y.type_as(x).flatten(2))
@@ -273,10 +300,11 @@ class DiffAttnV2(Attention):
         """The factor of the second map, sigmoid(lambda): x (B, T, C) -> (B, T, n_head)."""
         return torch.sigmoid(self.lambda_proj(x))
 
-    def forward(self, x, rope):
-        y = attention(*self.qkv(x, rope), causal=True, impl=self.impl)  # (B, T, 2 * n_head, D)
+    def forward(self, x, rope, cache=None):
+        q, k, v, lam = self.qkv(x, rope, self.lambda_proj)
+        y = self.attend(q, k, v, cache)  # (B, T, 2 * n_head, D)
         y1, y2 = y.unflatten(2, (-1, 2)).unbind(3)  # (B, T, n_head, D) each
-        return self.o_proj((y1 - self.lam(x).unsqueeze(-1) * y2).flatten(2))
+        return self.o_proj((y1 - torch.sigmoid(lam).unsqueeze(-1) * y2).flatten(2))
 
 
 ATTENTION = {"vanilla": Attention, "v1": DiffAttnV1, "v2": DiffAttnV2}
@@ -303,9 +331,223 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rope):
-        x = x + self.attn(self.attn_norm(x), rope)
+    def forward(self, x, rope, cache=None):
+        x = x + self.attn(self.attn_norm(x), rope, cache)
         return x + self.mlp(self.mlp_norm(x))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Decoding: the attention of one new token to all before it, whose keys and values are kept
+
+
+class LayerCache(NamedTuple):
+    """Keys (B, S, K, D) and values (B, S, G, Dv) of one layer, with room for S tokens, and the positions (T,) of the
+    tokens that the model is at: those from 0 on, or a single one."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor
+
+
+class KVCache:
+    """Keys and values of `batch_size` sequences of up to `length` tokens: 2 * n_kv_head * head_dim numbers a token and
+    layer for every kind of attention."""
+
+    def __init__(self, config, batch_size, length, dtype, device):
+        width = ATTENTION[config.attn].value_width
+        k_shape = (batch_size, length, config.n_kv_head, config.head_dim)
+        v_shape = (batch_size, length, config.n_kv_head // width, width * config.head_dim)
+        shapes = [(k_shape, v_shape)] * config.n_layer
+        self.layers = [[torch.zeros(shape, dtype=dtype, device=device) for shape in pair] for pair in shapes]
+
+    def at(self, positions):
+        return [LayerCache(k, v, positions) for k, v in self.layers]
+
+
+def decode_attention(q, k, v, position):
+    """attention() of one query a head, q (B, 1, H, D), to the keys k (B, S, K, D) and values v (B, S, G, Dv) up to and
+    with `position`, a tensor (1,): a CUDA graph goes on with another position. -> (B, 1, H, Dv)
+
+    Every program reads one part of the context, since a few long sequences would leave most of a GPU idle.
+    """
+    if triton is None or not q.is_cuda:
+        end = int(position) + 1
+        return attention(q, k[:, :end], v[:, :end])
+    B, _, H, D = q.shape
+    S, K, G, Dv = k.size(1), k.size(2), v.size(2), v.size(3)
+    programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
+    splits = min(triton.cdiv(S, 64), max(1, programs // (B * G)))
+    parts = torch.empty(B, H, splits, Dv, device=q.device)
+    weights = torch.empty(B, H, splits, device=q.device)
+    _decode_kernel[(B * G, splits)](
+        q.contiguous(), k, v, parts, weights, position, D**-0.5, S, G,
+        QUERIES=H // G, KEYS=K // G, D=D, KEY_WIDTH=triton.next_power_of_2(K // G * D),
+        DV=Dv, VALUE_WIDTH=triton.next_power_of_2(Dv), ROWS=max(16, triton.next_power_of_2(H // G)), BLOCK=64,
+    )  # fmt: skip
+    weights = torch.softmax(weights, dim=-1).unsqueeze(-1)
+    return (parts * weights).sum(2).type_as(q).unsqueeze(1)
+
+
+if triton:
+
+    @triton.jit
+    def _decode_kernel(
+        q, k, v, parts, log_totals, position, scale, S, G,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, KEY_WIDTH: tl.constexpr,
+        DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program for a value head of a sequence and a part of its context: the softmax-weighted values there of
+        the QUERIES that read it, and the log of the sum that they are divided by.
+
+        V1's value head has two key heads. They are read as one that is twice as wide, by queries with zeros in the half
+        that is not theirs, so that values are read once.
+        """
+        sequence, group, part = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G, tl.program_id(1)
+        length, splits = tl.load(position) + 1, tl.num_programs(1)
+        share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
+        start = part * share
+        stop = tl.minimum(start + share, length)
+        row, key_column, column = tl.arange(0, ROWS), tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
+        head = (sequence * G + group) * QUERIES + row
+        own_half = (key_column // D)[None, :] == (row // (QUERIES // KEYS))[:, None]
+        q_mask = own_half & (row < QUERIES)[:, None]
+        query = tl.load(q + head[:, None] * D + (key_column % D)[None, :], mask=q_mask, other=0.0)
+        k += (sequence * S * G + group) * KEYS * D
+        v += (sequence * S * G + group) * DV
+        top = tl.full((ROWS,), -float("inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        values = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
+        for first in range(start, stop, BLOCK):
+            token = first + tl.arange(0, BLOCK)
+            k_mask = (token < stop)[None, :] & (key_column < KEYS * D)[:, None]
+            keys = tl.load(k + token[None, :] * (G * KEYS * D) + key_column[:, None], mask=k_mask, other=0.0)
+            scores = tl.dot(query, keys, input_precision="ieee") * scale
+            scores = tl.where((token < stop)[None, :], scores, -float("inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            probabilities = tl.exp(scores - new_top[:, None])
+            v_mask = (token < stop)[:, None] & (column < DV)[None, :]
+            block = tl.load(v + token[:, None] * (G * DV) + column[None, :], mask=v_mask, other=0.0)
+            fade = tl.exp(top - new_top)
+            total = total * fade + tl.sum(probabilities, 1)
+            values = values * fade[:, None] + tl.dot(probabilities.to(block.dtype), block, input_precision="ieee")
+            top = new_top
+        out = head * splits + part
+        tl.store(log_totals + out, top + tl.log(total), mask=row < QUERIES)  # -inf where a part is empty
+        mean = values / tl.where(total > 0, total, 1.0)[:, None]
+        out_mask = (row < QUERIES)[:, None] & (column < DV)[None, :]
+        tl.store(parts + out[:, None] * DV + column[None, :], mean, mask=out_mask)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The loss
+
+
+def linear_cross_entropy(hidden, weight, targets):
+    """Cross-entropy in nats of logits = hidden weight^T, without keeping the logits, the largest tensor of all.
+
+    hidden (M, C), weight (V, C), targets (M,) int64 -> (M,) float32, 0 where the target is -100. Gradients are computed
+    on the way, for the sum of the result: if `weight` is trained, every entry of it must have the same factor.
+    """
+    learning = torch.is_grad_enabled()
+    losses, _, _ = _linear_cross_entropy(hidden, weight, targets, learning, learning and weight.requires_grad)
+    return losses
+
+
+CHUNK = 8192  # rows whose logits exist at the same time; products of fewer rows are slower
+
+
+@torch.library.custom_op("ldiff::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, want_hidden: bool, want_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The losses and the gradients of their sum for `hidden` and `weight`; those not wanted are empty."""
+    losses, grad_hidden, grad_weight = _empty_results(hidden, weight, targets, want_hidden, want_weight)
+    grad_weight.zero_()
+    narrow = weight.to(hidden.dtype)
+    buffer = hidden.new_empty(min(CHUNK, len(hidden)), len(weight))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = torch.mm(hidden[rows], narrow.T, out=buffer[: len(hidden[rows])])
+            losses[rows] = cross_entropy_(logits, targets[rows])
+            if want_hidden:
+                torch.mm(logits, narrow, out=grad_hidden[rows])
+            if want_weight:
+                _add_product(grad_weight, logits.T, hidden[rows])
+    return losses, grad_hidden, grad_weight
+
+
+@_linear_cross_entropy.register_fake
+def _empty_results(hidden, weight, targets, want_hidden, want_weight):
+    losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    grad_hidden = torch.empty_like(hidden) if want_hidden else hidden.new_empty(0)
+    grad_weight = torch.empty_like(weight) if want_weight else weight.new_empty(0)
+    return losses, grad_hidden, grad_weight
+
+
+def _keep_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx, factors, *unused):
+    grad_hidden, grad_weight = ctx.saved_tensors
+    grad_hidden = grad_hidden * factors.unsqueeze(-1).type_as(grad_hidden)
+    return grad_hidden, grad_weight * factors[0] if len(grad_weight) else None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def _add_product(total, a, b):
+    """total += a b, in the precision of total."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.type_as(total), b.type_as(total))
+
+
+def cross_entropy_(logits, targets):
+    """The cross-entropy of each row of logits (M, V), which is overwritten with its gradient."""
+    if triton is None or not logits.is_cuda:
+        return _cross_entropy_torch(logits, targets)
+    losses = torch.empty(len(logits), device=logits.device)
+    _cross_entropy_kernel[(len(logits),)](logits, targets, losses, logits.size(1), BLOCK=2048, num_warps=4)
+    return losses
+
+
+def _cross_entropy_torch(logits, targets):
+    x, learned, index = at_least_float32(logits), targets != -100, targets.clamp(min=0)[:, None]
+    total = x.logsumexp(dim=-1, keepdim=True)
+    losses = (total - x.gather(-1, index)).squeeze(-1) * learned
+    gradient = (x - total).exp().scatter_add_(-1, index, x.new_full((), -1.0).expand_as(index))
+    logits.copy_(gradient * learned[:, None])
+    return losses
+
+
+if triton:
+
+    @triton.jit
+    def _cross_entropy_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
+        """One program a row: one pass for the logarithm of the sum of exponentials, one for the gradient."""
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * V
+        target = tl.load(targets + row)
+        top, total, at_target = -float("inf"), 0.0, 0.0
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
+            new_top = tl.maximum(top, tl.max(x))
+            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top))
+            at_target += tl.sum(tl.where(column == target, x, 0.0))
+            top = new_top
+        log_total = top + tl.log(total)
+        learned = tl.where(target == -100, 0.0, 1.0)
+        tl.store(losses + row, (log_total - at_target) * learned)
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + column, mask=column < V).to(tl.float32)
+            gradient = (tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)) * learned
+            tl.store(logits + column, gradient, mask=column < V)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -347,21 +589,25 @@ class GPT(nn.Module):
         kind = x.device.type
         return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
-    def hidden(self, idx):
-        """What lm_head turns into logits: idx (B, T) int64 -> (B, T, C). Raises ValueError if T exceeds block_size."""
-        rope, x = self.rope(idx.size(1)), self.embed(idx)
-        for layer in self.layers:
-            x = layer(x, rope)
+    def hidden(self, idx, cache=None, positions=None):
+        """What lm_head turns into logits: idx (B, T) int64 -> (B, T, C). Raises ValueError if T exceeds block_size.
+
+        With a KVCache, for the tokens at `positions` (T,): those from 0 on, or a single one that follows others."""
+        rope = self.rope(idx.size(1)) if cache is None else (self.rope_cos[positions], self.rope_sin[positions])
+        caches = [None] * len(self.layers) if cache is None else cache.at(positions)
+        x = self.embed(idx)
+        for layer, layer_cache in zip(self.layers, caches):
+            x = layer(x, rope, layer_cache)
         return self.norm(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) int64 -> logits (B, T, vocab_size) and None; with targets (B, T), detached logits and the mean
-        cross-entropy in nats, in which targets of -100 are ignored. Raises ValueError if T exceeds block_size."""
-        logits = self.lm_head(self.hidden(idx))
+        """idx (B, T) int64 -> logits (B, T, vocab_size) and None; with targets (B, T), None and the mean cross-entropy
+        in nats, in which targets of -100 are ignored. Raises ValueError if T exceeds block_size."""
+        hidden = self.hidden(idx)
         if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits.detach(), loss  # else torch.compile adds a gradient of zeros for the logits, gigabytes of them
+            return self.lm_head(hidden), None
+        losses = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return None, losses.sum() / (targets != -100).sum()
 
     @torch.no_grad()
     def lambdas(self, idx):
@@ -376,16 +622,30 @@ class GPT(nn.Module):
             x = layer(x, rope)
         return means
 
+    def prepare_to_generate(self, compile=False):
+        """Cast the matrices once to what autocast would cast them to at every product, bf16 on a GPU, and compile the
+        layers if asked to. For a model that is no longer trained; returns it."""
+        if self.rope_cos.is_cuda:
+            for parameter in self.parameters():
+                if parameter.ndim == 2:
+                    parameter.data = parameter.data.bfloat16()
+        for module in (*self.layers, self.norm) if compile else ():
+            module.compile()
+        return self
+
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, n_vocab=None):
-        """Continue idx (B, T) by sampling: yield one column of new ids (B, 1) after another. sample_token explains
-        temperature, top_k and top_p; n_vocab keeps the ids below it, since the rest are padding. Beyond block_size the
-        model sees the last block_size tokens."""
+    def stream(self, idx, max_new_tokens, **options):
+        """Continue idx (B, T) by sampling: yield one column of new ids (B, 1) after another. Decoder explains the
+        options. When block_size tokens are full, the model forgets the older half of them."""
+        block_size = self.config.block_size
+        idx = idx[:, -block_size:]
+        decoder = Decoder(self, len(idx), min(idx.size(1) + max_new_tokens, block_size), **options)
+        new = []
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
-            token = sample_token(logits[:, -1, :n_vocab], temperature, top_k, top_p)
-            idx = torch.cat((idx, token), dim=1)
-            yield token
+            if idx.size(1) + len(new) > block_size:
+                idx, new = torch.cat((idx, *new), dim=1)[:, -(block_size // 2 or 1) :], []
+            new.append(decoder.step() if new else decoder.prefill(idx))
+            yield new[-1]
 
     def generate(self, idx, max_new_tokens, **options):
         """idx (B, T) and all that `stream` adds to it -> (B, T + max_new_tokens)."""
@@ -410,12 +670,72 @@ class GPT(nn.Module):
         return 6 * (weights + config.n_layer * products)
 
 
+class Decoder:
+    """Generates with a KVCache: the prompt at once, then token by token, as a CUDA graph on a GPU with Triton.
+
+    sample_token explains temperature, top_k and top_p; n_vocab keeps the ids below it, since the rest are padding.
+    """
+
+    def __init__(self, model, batch_size, length, n_vocab=None, **options):
+        self.model, self.n_vocab, self.options, self.replay = model, n_vocab, options, None
+        device = model.rope_cos.device
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # the latest, not in the cache yet
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # where it will be
+        self.cache = KVCache(model.config, batch_size, length, model.embed(self.token).dtype, device)
+
+    def prefill(self, idx):
+        """Begin with idx (B, T) -> the token after it, (B, 1)."""
+        with torch.compiler.set_stance("force_eager"):  # no program for every length of a prompt
+            self._advance(idx, torch.arange(idx.size(1), device=idx.device))
+        self.position.fill_(idx.size(1))
+        return self.token.clone()
+
+    def step(self):
+        """The next token, (B, 1)."""
+        if triton is None or not self.token.is_cuda:
+            self._step()
+            return self.token.clone()
+        if self.replay is None:
+            token, position = self.token.clone(), self.position.clone()
+            self.replay = cuda_graph(self._step)
+            self.token.copy_(token), self.position.copy_(position)
+        self.replay()
+        return self.token.clone()
+
+    def _step(self):
+        self._advance(self.token, self.position)
+        self.position += 1
+
+    def _advance(self, idx, positions):
+        logits = self.model.lm_head(self.model.hidden(idx, self.cache, positions)[:, -1])
+        self.token.copy_(sample_token(logits[:, : self.n_vocab], **self.options))
+
+
+def cuda_graph(work, pool=None):
+    """Record what work() does on the GPU, and return a function that does it again with a single launch. work() is
+    called three times; it has to find its inputs and leave its results at the same places each time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles and plans what must not happen while recording
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may go on meanwhile
+        work()
+    return graph.replay
+
+
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
     """Draw one id from each row of logits (B, vocab) -> (B, 1). Temperature 0 takes the likeliest. top_k keeps the k
     likeliest; top_p, of those, the fewest likeliest whose probabilities sum to p (arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits, ids = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
+    logits = logits.float()
+    if top_k is None and top_p is None:
+        probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+        return torch.multinomial(probabilities, num_samples=1)
+    logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
     probabilities = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
     if top_p is not None:
         likelier = probabilities.cumsum(dim=-1) - probabilities  # of all that come before

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import train
 from data import UserError, run_script
 from data.dataset import bucketed_epoch, collate, open_examples, prepared_directory, read_meta
 from data.tokenizer import IM_END, get_tokenizer
 from lora import apply_lora, lora_state_dict, merge_lora
-from model import ATTENTION, GPT
+from model import ATTENTION, GPT, cuda_graph, linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------
 # Settings
@@ -81,34 +80,56 @@ def choose_settings(given, settings_class, presets, stage):
 # The model's part
 
 
-def head_logps(lm_head, hidden, targets):
-    """Log-probabilities of the ids `targets` (M,) after the states `hidden` (M, C) -> (M,) float32, 0 for -100."""
-    return -F.cross_entropy(lm_head(hidden).float(), targets, reduction="none")
-
-
-def token_logps(model, idx, positions, targets, head):
+def token_logps(model, idx, positions, targets):
     """Log-probabilities of `targets` (M,), the ids that follow `positions` (M,) of the flattened idx (B, T) -> (B, T)
-    float32, zero at all other positions and where a target is -100.
-
-    Logits, the largest tensor of all, are computed at `positions` alone, by `head`: head_logps, or that compiled.
-    """
+    float32, zero at all other positions and where a target is -100. The head works at `positions` alone."""
     hidden = model.hidden(idx).flatten(0, 1).index_select(0, positions)  # (M, C)
-    logps = head(model.lm_head, hidden, targets)
+    logps = -linear_cross_entropy(hidden, model.lm_head.weight, targets)
     return logps.new_zeros(idx.numel()).index_copy(0, positions, logps).view(idx.shape)
 
 
 def compile_layers(model):
-    """Compile a model's layers in place, for any batch and length, and return head_logps compiled likewise.
+    """Compile a model's layers in place, for any batch and length.
 
     Batches come in many shapes, for which compiling a whole model would take minutes; its layers share one program.
     Each operation rounds to bf16 as it does uncompiled: DPO's policy and reference are different programs, and would
     otherwise differ a little where they should not.
     """
     torch._dynamo.config.specialize_float = True  # else the scale of the adapters is computed, on the CPU
-    options = dict(dynamic=True, options={"emulate_precision_casts": True})
     for layer in model.layers:
-        layer.compile(**options)
-    return torch.compile(head_logps, **options)
+        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+
+
+class Graphs:
+    """train.accumulate as CUDA graphs, one for every shape of a micro-batch: a step on a few thousand tokens has over a
+    thousand kernels, which take longer to launch one by one than to run."""
+
+    def __init__(self, loss_of, parameters):
+        self.loss_of, self.parameters = loss_of, [p for p in parameters if p.requires_grad]
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]  # graphs write to a fixed place
+        self.recorded, self.pool = {}, torch.cuda.graph_pool_handle()
+
+    def accumulate(self, *tensors):
+        if self.parameters[0].grad is None:  # the first micro-batch of a step
+            torch._foreach_zero_(self.gradients)
+            for parameter, gradient in zip(self.parameters, self.gradients):
+                parameter.grad = gradient
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self.recorded:
+            self.recorded[shapes] = self.record(tensors)
+        inputs, share, replay = self.recorded[shapes]
+        for mine, given in zip(inputs, tensors):
+            mine.copy_(given)
+        replay()
+        return share
+
+    def record(self, tensors):
+        """Where the graph takes its inputs from and leaves its results, and the function that runs it."""
+        inputs, share = [tensor.clone() for tensor in tensors], {}
+        before = [gradient.clone() for gradient in self.gradients]
+        replay = cuda_graph(lambda: share.update(train.accumulate(self.loss_of, *inputs)), self.pool)
+        torch._foreach_copy_(self.gradients, before)  # recording has added to them
+        return inputs, share, replay
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -133,8 +154,10 @@ class FineTuning(train.Run):
         self.load_data(start["data"].get("tokenizer"))
         torch.manual_seed(settings.seed)
         self.model = self.load_model(start, lora_dropout).to(self.device)
-        compiling = train.wants_compile(settings.compile, self.device)
-        self.head_logps = compile_layers(self.model) if compiling else head_logps
+        if train.wants_compile(settings.compile, self.device):
+            compile_layers(self.model)
+            if self.device.type == "cuda":
+                self.accumulate = Graphs(self.loss_of, self.model.parameters()).accumulate
         self.optimizer = train.make_optimizer(self.model, weight_decay=0.0)
         if settings.resume:
             self.restore(start)
@@ -189,7 +212,7 @@ class FineTuning(train.Run):
 
     def logps(self, idx, positions, targets):
         with train.autocast(self.device):
-            return token_logps(self.model, idx, positions, targets, self.head_logps)
+            return token_logps(self.model, idx, positions, targets)
 
     @torch.no_grad()
     def evaluate(self):

@@ -367,7 +367,7 @@ def fit(run, log):
     with stop_signals() as stop:
         for step, (work, micro_batches) in zip(steps, prefetch(run.make_batch, steps, run.device)):
             lr = lr_at(step, s)
-            measured = optimizer_step(run.optimizer, lr, run.loss_of, micro_batches)
+            measured = optimizer_step(run.optimizer, lr, run.accumulate, micro_batches)
             log.rows.append(dict(step=step, lr=lr, work=work, **measured))
             last, stopping = step == steps[-1], bool(stop)  # a signal from here on waits for the next step
             validating = last or step % s.eval_interval == 0
@@ -388,14 +388,12 @@ def fit(run, log):
                 sys.exit(128 + stop[0])
 
 
-def optimizer_step(optimizer, lr, loss_of, micro_batches, clip=1.0):
+def optimizer_step(optimizer, lr, accumulate, micro_batches, clip=1.0):
     """One step on a batch that passes in micro-batches, whose shares of loss and gradient add up -> a dict of the loss,
-    what else loss_of measures, and the gradient's norm before it is clipped."""
+    what else `accumulate` measures, and the gradient's norm before it is clipped."""
     total = {}
     for tensors in micro_batches:
-        share = loss_of(*tensors)
-        share["loss"].backward()
-        total = add_share(total, share)
+        total = add_share(total, accumulate(*tensors))
     total["grad_norm"] = nn.utils.clip_grad_norm_(
         [p for group in optimizer.param_groups for p in group["params"]], clip
     )
@@ -406,8 +404,15 @@ def optimizer_step(optimizer, lr, loss_of, micro_batches, clip=1.0):
     return total
 
 
+def accumulate(loss_of, *tensors):
+    """Add the gradients of a micro-batch's share of the loss to those there are -> the shares that loss_of returns."""
+    share = loss_of(*tensors)
+    share["loss"].backward()
+    return {name: value.detach() for name, value in share.items()}
+
+
 def add_share(total, share):
-    return {name: total.get(name, 0.0) + value.detach() for name, value in share.items()}
+    return {name: total.get(name, 0.0) + value for name, value in share.items()}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -437,6 +442,9 @@ class Run:
     def flops_per_unit(self):
         """Floating-point operations for one `unit` of work, or None where that depends on the batch."""
         return None
+
+    def accumulate(self, *tensors):
+        return accumulate(self.loss_of, *tensors)
 
     def restore(self, checkpoint):
         """Go on where a run was: optimizer, random numbers, and the same data."""

@@ -428,7 +428,7 @@ def collate(examples, numbers, block_size):
 
     Rows are padded at the right. That needs no mask: attention is causal, so no real token sees the padding behind it,
     and what the padding itself computes is not asked for. `positions`, in the flattened idx, are those whose next id is
-    to be learned, and `targets` those ids; filled up to one of 16 sizes with other positions, whose targets are -100.
+    to be learned, and `targets` those ids; filled up to one of 4 sizes with other positions, whose targets are -100.
     With two rows an example, the first rows of all come first.
     """
     rows = np.concatenate([numbers * examples.group + place for place in range(examples.group)])
@@ -438,8 +438,8 @@ def collate(examples, numbers, block_size):
     for i, start, length in zip(itertools.count(), examples.offsets[rows], lengths):
         idx[i, :length] = examples.ids[start : start + length]
         learned[i, : length - 1] = examples.mask[start + 1 : start + length]  # position t predicts id t + 1
-    count, sixteenth = learned.sum(), math.ceil(learned.size / 16)
-    filled = math.ceil(count / sixteenth) * sixteenth
+    count, quarter = learned.sum(), math.ceil(learned.size / 4)
+    filled = math.ceil(count / quarter) * quarter
     positions = np.argsort(~learned.ravel(), kind="stable")[:filled]  # the learned ones come first
     targets = np.full(len(positions), -100)
     targets[:count] = idx.ravel()[positions[:count] + 1]

@@ -49,6 +49,7 @@ def test_initial_values():
 
 
 @pytest.mark.parametrize("attn", ATTENTION)
+@torch.no_grad()  # with gradients, projections without adapters are one product, which rounds in another way
 def test_starts_as_the_model_it_adapts(attn):
     expected = tiny_model(attn)(IDX)[0]
     model = apply_lora(tiny_model(attn), rank=4, alpha=8)
@@ -58,6 +59,7 @@ def test_starts_as_the_model_it_adapts(attn):
 
 
 @pytest.mark.parametrize("attn", ATTENTION)
+@torch.no_grad()
 def test_disabled_equals_the_base_exactly(attn):
     expected = tiny_model(attn)(IDX)[0]
     model = train_adapters(apply_lora(tiny_model(attn), rank=4, alpha=8))

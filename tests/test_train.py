@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_accumulated_gradients_equal_those_of_the_large_batch():
             return {"loss": (layer(x) - y).square().sum() / 36, "one": torch.tensor(len(x) / 12)}
 
         micro_batches = zip(*(tensor.split(micro_batch_size) for tensor in batch))
-        measured = train.optimizer_step(optimizer, 1e-2, loss_of, micro_batches, clip=0.5)
+        measured = train.optimizer_step(optimizer, 1e-2, partial(train.accumulate, loss_of), micro_batches, clip=0.5)
         assert measured["grad_norm"] > 0.5  # so that it is clipped
         results.append((measured, layer.weight.detach()))
     for other in results[1:]:
@@ -118,7 +119,8 @@ def test_gradients_are_clipped():
     before = layer.weight.detach().clone()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     batch = (torch.full((2, 4), 100.0),)
-    measured = train.optimizer_step(optimizer, 1.0, lambda x: {"loss": layer(x).mean()}, [batch])
+    loss_of = partial(train.accumulate, lambda x: {"loss": layer(x).mean()})
+    measured = train.optimizer_step(optimizer, 1.0, loss_of, [batch])
     assert measured["grad_norm"].item() == pytest.approx(200.0)
     assert (layer.weight - before).norm().item() == pytest.approx(1.0, rel=1e-4)
 
