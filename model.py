@@ -197,10 +197,10 @@ def project(x, *layers):
     are put side by side for it, filled up to a multiple of 8 rows, without which products slow down."""
     if not torch.is_grad_enabled() or any(type(layer) is not nn.Linear for layer in layers):
         return [layer(x) for layer in layers]  # to generate token by token, moving the weights would cost more
-    sizes = [layer.out_features for layer in layers]
-    missing = -sum(sizes) % 8
-    weight = F.pad(torch.cat([layer.weight for layer in layers]), (0, 0, 0, missing))
-    return F.linear(x, weight).split([*sizes, missing], dim=-1)[: len(layers)]
+    sizes, weight = [layer.out_features for layer in layers], torch.cat([layer.weight for layer in layers])
+    if missing := -len(weight) % 8:
+        sizes, weight = [*sizes, missing], F.pad(weight, (0, 0, 0, missing))
+    return F.linear(x, weight).split(sizes, dim=-1)[: len(layers)]
 
 
 class Attention(nn.Module):
@@ -421,7 +421,7 @@ if triton:
             token = first + tl.arange(0, BLOCK)
             k_mask = (token < stop)[None, :] & (key_column < KEYS * D)[:, None]
             keys = tl.load(k + token[None, :] * (G * KEYS * D) + key_column[:, None], mask=k_mask, other=0.0)
-            scores = tl.dot(query, keys, input_precision="ieee") * scale
+            scores = (tl.dot(query, keys, input_precision="ieee") * scale).to(tl.float32)
             scores = tl.where((token < stop)[None, :], scores, -float("inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             probabilities = tl.exp(scores - new_top[:, None])
@@ -622,15 +622,17 @@ class GPT(nn.Module):
             x = layer(x, rope)
         return means
 
-    def prepare_to_generate(self, compile=False):
-        """Cast the matrices once to what autocast would cast them to at every product, bf16 on a GPU, and compile the
-        layers if asked to. For a model that is no longer trained; returns it."""
-        if self.rope_cos.is_cuda:
-            for parameter in self.parameters():
-                if parameter.ndim == 2:
-                    parameter.data = parameter.data.bfloat16()
-        for module in (*self.layers, self.norm) if compile else ():
-            module.compile()
+    def compile_layers(self, **options):
+        """Compile the layers in place. They share one program, so that it is ready much sooner than one for a whole
+        model, which runs a little faster."""
+        for module in (*self.layers, self.norm):
+            module.compile(**options)
+
+    def narrow(self):
+        """Cast matrices that are not trained to bf16, once, as autocast does at every product; returns the model."""
+        for parameter in self.parameters():
+            if parameter.ndim == 2 and not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
         return self
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from data import UserError, run_script
 from data.chat import render_prompt
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
 from model import ATTENTION_IMPLS, GPT
-from train import autocast, choose_device, flag, load_checkpoint, load_weights, parse_flags, saved_config
+from train import choose_device, flag, load_checkpoint, load_weights, parse_flags, saved_config
 
 STAGES = ("dpo", "sft", "pretrain")  # the furthest first
 ENDS = (END_OF_TEXT, IM_START, IM_END)
@@ -36,6 +36,7 @@ class Settings:
     seed: int = flag(1, "of the random choices", least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     attn_impl: str = flag("auto", "attention kernel", choices=ATTENTION_IMPLS)
+    compile: bool = flag(False, "compile the layers first, which takes a while; then text comes faster")
 
 
 def furthest_checkpoint():
@@ -55,7 +56,11 @@ class Speaker:
         self.stage, self.config = checkpoint["stage"], saved_config(checkpoint, settings.attn_impl)
         self.encoding = get_tokenizer(checkpoint["data"].get("tokenizer"))
         self.ends = {self.encoding.encode_single_token(name) for name in ENDS}
-        self.model = load_weights(GPT(self.config), checkpoint).to(self.device).eval()
+        self.model = load_weights(GPT(self.config), checkpoint).to(self.device).requires_grad_(False)
+        if self.device.type == "cuda":
+            self.model.narrow()
+        if settings.compile:
+            self.model.compile_layers()
         print(f"model: {path}, {self.config.attn} after {self.stage}, step {checkpoint['step']}", file=sys.stderr)
 
     def tokens(self, prompt, limit):
@@ -70,10 +75,9 @@ class Speaker:
     def say(self, prompt, limit):
         """Print the continuation of a list of ids while it comes; return its text."""
         said = []
-        with autocast(self.device):
-            for piece in decode(self.tokens(prompt, limit), self.encoding):
-                print(piece, end="", flush=True)
-                said.append(piece)
+        for piece in decode(self.tokens(prompt, limit), self.encoding):
+            print(piece, end="", flush=True)
+            said.append(piece)
         print()
         return "".join(said)
 

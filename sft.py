@@ -17,7 +17,7 @@ import train
 from data import UserError, run_script
 from data.dataset import bucketed_epoch, collate, open_examples, prepared_directory, read_meta
 from data.tokenizer import IM_END, get_tokenizer
-from lora import apply_lora, lora_state_dict, merge_lora
+from lora import apply_lora, load_lora, lora_state_dict, merge_lora
 from model import ATTENTION, GPT, cuda_graph, linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------
@@ -88,16 +88,11 @@ def token_logps(model, idx, positions, targets):
     return logps.new_zeros(idx.numel()).index_copy(0, positions, logps).view(idx.shape)
 
 
-def compile_layers(model):
-    """Compile a model's layers in place, for any batch and length.
-
-    Batches come in many shapes, for which compiling a whole model would take minutes; its layers share one program.
-    Each operation rounds to bf16 as it does uncompiled: DPO's policy and reference are different programs, and would
-    otherwise differ a little where they should not.
-    """
+def compile_exactly(model):
+    """Compile a model's layers for batches of any shape. Each operation rounds to bf16 as it does uncompiled: DPO's
+    policy and reference are different programs, and would otherwise differ a little where they should not."""
     torch._dynamo.config.specialize_float = True  # else the scale of the adapters is computed, on the CPU
-    for layer in model.layers:
-        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+    model.compile_layers(dynamic=True, options={"emulate_precision_casts": True})
 
 
 class Graphs:
@@ -127,7 +122,13 @@ class Graphs:
         """Where the graph takes its inputs from and leaves its results, and the function that runs it."""
         inputs, share = [tensor.clone() for tensor in tensors], {}
         before = [gradient.clone() for gradient in self.gradients]
-        replay = cuda_graph(lambda: share.update(train.accumulate(self.loss_of, *inputs)), self.pool)
+
+        def work():
+            share.update(self.loss_of(*inputs))
+            torch._foreach_add_(self.gradients, torch.autograd.grad(share["loss"], self.parameters))
+            share.update({name: value.detach() for name, value in share.items()})
+
+        replay = cuda_graph(work, self.pool)
         torch._foreach_copy_(self.gradients, before)  # recording has added to them
         return inputs, share, replay
 
@@ -153,9 +154,11 @@ class FineTuning(train.Run):
         self.config = train.saved_config(start, settings.attn_impl)
         self.load_data(start["data"].get("tokenizer"))
         torch.manual_seed(settings.seed)
-        self.model = self.load_model(start, lora_dropout).to(self.device)
+        self.model = self.float32_model = self.load_model(start, lora_dropout)
+        if self.device.type == "cuda":
+            self.model = copy.deepcopy(self.model).narrow().to(self.device)
         if train.wants_compile(settings.compile, self.device):
-            compile_layers(self.model)
+            compile_exactly(self.model)
             if self.device.type == "cuda":
                 self.accumulate = Graphs(self.loss_of, self.model.parameters()).accumulate
         self.optimizer = train.make_optimizer(self.model, weight_decay=0.0)
@@ -226,10 +229,18 @@ class FineTuning(train.Run):
         line += "".join(f", {name} {values[name]:.3f}" for name in self.metrics[:2])
         return {f"val_{name}": value for name, value in values.items()}, line
 
+    def in_float32(self):
+        """The adapted model as it is saved; on a GPU, the one that trains has its frozen matrices in bf16."""
+        load_lora(self.float32_model, lora_state_dict(self.model))
+        return self.float32_model
+
+    def weights(self):
+        return self.in_float32().state_dict()
+
     def save_best(self, step):
         """best.pt, the model with its adapters merged in, and adapter.pt, the adapters alone."""
         self.write("adapter.pt", step, lora_state_dict(self.model))
-        self.write("best.pt", step, merge_lora(copy.deepcopy(self.model)).state_dict())
+        self.write("best.pt", step, merge_lora(copy.deepcopy(self.in_float32())).state_dict())
 
     def sample(self, max_new_tokens=200):
         """The first held-out prompt, and the model's answer to it."""

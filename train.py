@@ -466,13 +466,17 @@ class Run:
             line += "; the best so far"
         return values, line
 
+    def weights(self):
+        """The model's tensors, by name."""
+        return self.model.state_dict()
+
     def save(self, step):
         """ckpt.pt, the checkpoint to resume from."""
-        self.write("ckpt.pt", step, self.model.state_dict(), optimizer=self.optimizer.state_dict(), rng=rng_state())
+        self.write("ckpt.pt", step, self.weights(), optimizer=self.optimizer.state_dict(), rng=rng_state())
 
     def save_best(self, step):
         """best.pt, the model for the next stage."""
-        self.write("best.pt", step, self.model.state_dict())
+        self.write("best.pt", step, self.weights())
 
     def write(self, name, step, weights, **more):
         save_checkpoint(
@@ -531,6 +535,7 @@ def summarize(run, log, seconds):
 class Settings(CommonSettings):
     """Pretraining. The defaults are the ldiff preset with DIFF V2."""
 
+    eval_interval: int = flag(200, "steps between validations", least=1)
     tokenizer: str = flag("", "of the data set; new data have gpt2, or with the tiny preset bytes", choices=TOKENIZERS)
     block_size: int = flag(2048, "context length in tokens", least=1)
     n_layer: int = flag(12, "layers", least=1)
@@ -541,14 +546,14 @@ class Settings(CommonSettings):
     n_inner: int = flag(1664, "width of the SwiGLU", least=1)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output layer")
     weight_decay: float = flag(0.1, "of AdamW", least=0)
-    eval_windows: int = flag(128, "sequences to validate on, always the same", least=1)
+    eval_windows: int = flag(64, "sequences to validate on, always the same", least=1)
 
 
 PRESETS = {
     "ldiff": {},
     "tiny": dict(
         dataset="tiny", block_size=256, n_layer=4, n_embd=192, max_steps=800, batch_size=4,
-        micro_batch_size=4, learning_rate=3e-3, warmup_steps=50, eval_windows=64,
+        micro_batch_size=4, learning_rate=3e-3, warmup_steps=50,
     ),
 }  # fmt: skip
 

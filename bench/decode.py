@@ -29,8 +29,12 @@ def make_model(attn, block_size, arguments, device):
     shape = train.SHAPES[preset, attn]
     vocab_size = 320 if arguments.smoke else 50304
     config = GPTConfig(attn=attn, **shape, n_kv_head=shape["n_head"], block_size=block_size, vocab_size=vocab_size)
-    model = GPT(config).to(device).eval()
-    return model.prepare_to_generate(compile=train.wants_compile(arguments.compile, device))
+    model = GPT(config).to(device).requires_grad_(False)
+    if device.type == "cuda":
+        model.narrow()
+    if train.wants_compile(arguments.compile, device):
+        model.compile_layers()
+    return model
 
 
 def measure_answers(model, batch, prompt, new, device, few):
