@@ -35,7 +35,10 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        y = self.base(x)
+        return self.adapt(self.base(x), x)
+
+    def adapt(self, y, x):
+        """What the layer makes of x, of which y is the base's part."""
         if not self.enabled:
             return y
         low_rank = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., rank)

@@ -192,15 +192,25 @@ def apply_rope(x, rope):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
-def project(x, *layers):
-    """What several linear layers make of the same x (..., in), in one matrix product, which is faster. Their weights
-    are put side by side for it, filled up to a multiple of 8 rows, without which products slow down."""
-    if not torch.is_grad_enabled() or any(type(layer) is not nn.Linear for layer in layers):
-        return [layer(x) for layer in layers]  # to generate token by token, moving the weights would cost more
-    sizes, weight = [layer.out_features for layer in layers], torch.cat([layer.weight for layer in layers])
-    if missing := -len(weight) % 8:
-        sizes, weight = [*sizes, missing], F.pad(weight, (0, 0, 0, missing))
-    return F.linear(x, weight).split(sizes, dim=-1)[: len(layers)]
+def project(x, layers):
+    """What several linear layers make of the same x (..., in), in one matrix product, which is faster. Layers with a
+    `base`, LoRA's, add to what that makes."""
+    bases = [getattr(layer, "base", layer) for layer in layers]
+    weight = getattr(bases[0], "joint", None)  # which GPT.freeze keeps
+    if weight is None:
+        weight = joint_weight(bases)
+    sizes = [base.out_features for base in bases]
+    if missing := len(weight) - sum(sizes):
+        sizes.append(missing)
+    pieces = F.linear(x, weight).split(sizes, dim=-1)
+    return [y if layer is base else layer.adapt(y, x) for y, layer, base in zip(pieces, layers, bases)]
+
+
+def joint_weight(layers):
+    """The weights of several linear layers side by side, filled up to a multiple of 8 rows, without which products
+    slow down."""
+    weight = torch.cat([layer.weight for layer in layers])
+    return F.pad(weight, (0, 0, 0, -len(weight) % 8)) if len(weight) % 8 else weight
 
 
 class Attention(nn.Module):
@@ -219,14 +229,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
 
-    def qkv(self, x, rope, *more):
-        """x (B, T, C) -> q (B, T, H, D), k (B, T, K, D), both rotated, v (B, T, G, Dv), and the outputs of `more`
-        layers. v has a product of its own: as a part of a larger one it would keep all of that in memory."""
-        q, k, *rest = project(x, self.q_proj, self.k_proj, *more)
+    def inputs(self):
+        """The layers that read x."""
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def qkv(self, x, rope):
+        """x (B, T, C) -> q (B, T, H, D), k (B, T, K, D), both rotated, v (B, T, G, Dv), and what else `inputs` has."""
+        q, k, v, *more = project(x, self.inputs())
         q = apply_rope(q.unflatten(-1, (-1, self.head_dim)), rope)
         k = apply_rope(k.unflatten(-1, (-1, self.head_dim)), rope)
-        v = self.v_proj(x).unflatten(-1, (-1, self.value_width * self.head_dim))
-        return q, k, v, *rest
+        v = v.contiguous()  # else the backward pass would keep all of the product for it
+        return q, k, v.unflatten(-1, (-1, self.value_width * self.head_dim)), *more
 
     def attend(self, q, k, v, cache):
         """Causal attention among these tokens, or of one token to all in the cache."""
@@ -296,12 +309,15 @@ class DiffAttnV2(Attention):
         super().__init__(config, layer)
         self.lambda_proj = nn.Linear(config.n_embd, config.n_head, bias=False)
 
+    def inputs(self):
+        return *super().inputs(), self.lambda_proj
+
     def lam(self, x):
         """The factor of the second map, sigmoid(lambda): x (B, T, C) -> (B, T, n_head)."""
         return torch.sigmoid(self.lambda_proj(x))
 
     def forward(self, x, rope, cache=None):
-        q, k, v, lam = self.qkv(x, rope, self.lambda_proj)
+        q, k, v, lam = self.qkv(x, rope)
         y = self.attend(q, k, v, cache)  # (B, T, 2 * n_head, D)
         y1, y2 = y.unflatten(2, (-1, 2)).unbind(3)  # (B, T, n_head, D) each
         return self.o_proj((y1 - torch.sigmoid(lam).unsqueeze(-1) * y2).flatten(2))
@@ -319,8 +335,12 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
         self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
 
+    def inputs(self):
+        return self.gate_proj, self.up_proj
+
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.inputs())
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -621,6 +641,22 @@ class GPT(nn.Module):
             means.append(layer.attn.lam(layer.attn_norm(x)).float().mean().item())
             x = layer(x, rope)
         return means
+
+    def freeze(self):
+        """Make the model ready to generate and nothing else: bf16 on a GPU, and with the weights that `project` joins
+        side by side for good. Returns it."""
+        self.requires_grad_(False)
+        if self.rope_cos.is_cuda:
+            self.narrow()
+        for module in self.modules():
+            if isinstance(module, (Attention, SwiGLU)):
+                layers = module.inputs()
+                joint, first = joint_weight(layers), 0
+                for layer in layers:  # they keep no copy
+                    layer.weight.data = joint[first : first + layer.out_features]
+                    first += layer.out_features
+                layers[0].joint = joint
+        return self
 
     def compile_layers(self, **options):
         """Compile the layers in place. They share one program, so that it is ready much sooner than one for a whole

@@ -56,11 +56,9 @@ class Speaker:
         self.stage, self.config = checkpoint["stage"], saved_config(checkpoint, settings.attn_impl)
         self.encoding = get_tokenizer(checkpoint["data"].get("tokenizer"))
         self.ends = {self.encoding.encode_single_token(name) for name in ENDS}
-        self.model = load_weights(GPT(self.config), checkpoint).to(self.device).requires_grad_(False)
-        if self.device.type == "cuda":
-            self.model.narrow()
+        self.model = load_weights(GPT(self.config), checkpoint).to(self.device).freeze()
         if settings.compile:
-            self.model.compile_layers()
+            self.model.compile_layers(dynamic=False)
         print(f"model: {path}, {self.config.attn} after {self.stage}, step {checkpoint['step']}", file=sys.stderr)
 
     def tokens(self, prompt, limit):

@@ -29,11 +29,9 @@ def make_model(attn, block_size, arguments, device):
     shape = train.SHAPES[preset, attn]
     vocab_size = 320 if arguments.smoke else 50304
     config = GPTConfig(attn=attn, **shape, n_kv_head=shape["n_head"], block_size=block_size, vocab_size=vocab_size)
-    model = GPT(config).to(device).requires_grad_(False)
-    if device.type == "cuda":
-        model.narrow()
+    model = GPT(config).to(device).freeze()
     if train.wants_compile(arguments.compile, device):
-        model.compile_layers()
+        model.compile_layers(dynamic=False)
     return model
 
 

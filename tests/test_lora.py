@@ -7,7 +7,7 @@ import torch.nn as nn
 from lora import TARGETS, LoRALinear, apply_lora, disable_lora, load_lora, lora_state_dict, merge_lora
 from model import ATTENTION, GPT, GPTConfig
 
-SHAPE = dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_inner=48)
+SHAPE = dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_inner=64)
 IDX = torch.arange(24).view(2, 12)
 
 
@@ -49,7 +49,6 @@ def test_initial_values():
 
 
 @pytest.mark.parametrize("attn", ATTENTION)
-@torch.no_grad()  # with gradients, projections without adapters are one product, which rounds in another way
 def test_starts_as_the_model_it_adapts(attn):
     expected = tiny_model(attn)(IDX)[0]
     model = apply_lora(tiny_model(attn), rank=4, alpha=8)
@@ -59,7 +58,6 @@ def test_starts_as_the_model_it_adapts(attn):
 
 
 @pytest.mark.parametrize("attn", ATTENTION)
-@torch.no_grad()
 def test_disabled_equals_the_base_exactly(attn):
     expected = tiny_model(attn)(IDX)[0]
     model = train_adapters(apply_lora(tiny_model(attn), rank=4, alpha=8))
