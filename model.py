@@ -192,11 +192,13 @@ def apply_rope(x, rope):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
-def project(x, layers):
-    """What several linear layers make of the same x (..., in), in one matrix product, which is faster. Layers with a
-    `base`, LoRA's, add to what that makes."""
+def project(x, layers, join=True):
+    """What several linear layers make of the same x (..., in), in one matrix product, which is faster; without `join`,
+    only after GPT.freeze. Layers with a `base`, LoRA's, add to what that makes."""
     bases = [getattr(layer, "base", layer) for layer in layers]
     weight = getattr(bases[0], "joint", None)  # which GPT.freeze keeps
+    if weight is None and not join:
+        return [layer(x) for layer in layers]
     if weight is None:
         weight = joint_weight(bases)
     sizes = [base.out_features for base in bases]
@@ -339,7 +341,9 @@ class SwiGLU(nn.Module):
         return self.gate_proj, self.up_proj
 
     def forward(self, x):
-        gate, up = project(x, self.inputs())
+        gate, up = project(
+            x, self.inputs(), join=False
+        )  # to train, one gradient for both would cost more than it saves
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -658,12 +662,6 @@ class GPT(nn.Module):
                 layers[0].joint = joint
         return self
 
-    def compile_layers(self, **options):
-        """Compile the layers in place. They share one program, so that it is ready much sooner than one for a whole
-        model, which runs a little faster."""
-        for module in (*self.layers, self.norm):
-            module.compile(**options)
-
     def narrow(self):
         """Cast matrices that are not trained to bf16, once, as autocast does at every product; returns the model."""
         for parameter in self.parameters():
@@ -671,23 +669,10 @@ class GPT(nn.Module):
                 parameter.data = parameter.data.bfloat16()
         return self
 
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, **options):
-        """Continue idx (B, T) by sampling: yield one column of new ids (B, 1) after another. Decoder explains the
-        options. When block_size tokens are full, the model forgets the older half of them."""
-        block_size = self.config.block_size
-        idx = idx[:, -block_size:]
-        decoder = Decoder(self, len(idx), min(idx.size(1) + max_new_tokens, block_size), **options)
-        new = []
-        for _ in range(max_new_tokens):
-            if idx.size(1) + len(new) > block_size:
-                idx, new = torch.cat((idx, *new), dim=1)[:, -(block_size // 2 or 1) :], []
-            new.append(decoder.step() if new else decoder.prefill(idx))
-            yield new[-1]
-
     def generate(self, idx, max_new_tokens, **options):
-        """idx (B, T) and all that `stream` adds to it -> (B, T + max_new_tokens)."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, **options)), dim=1)
+        """Continue idx (B, T) by sampling -> (B, T + max_new_tokens). Decoder explains the options."""
+        decoder = Decoder(self, len(idx), min(idx.size(1) + max_new_tokens, self.config.block_size), **options)
+        return torch.cat((idx, *decoder.stream(idx, max_new_tokens)), dim=1)
 
     def num_params(self):
         """Trained numbers; tied embeddings count once."""
@@ -709,44 +694,59 @@ class GPT(nn.Module):
 
 
 class Decoder:
-    """Generates with a KVCache: the prompt at once, then token by token, as a CUDA graph on a GPU with Triton.
+    """Continues texts: reads what there is, then produces token by token, as a CUDA graph on a GPU with Triton.
 
-    sample_token explains temperature, top_k and top_p; n_vocab keeps the ids below it, since the rest are padding.
+    It has room for `batch_size` texts of `length` tokens. n_vocab keeps the ids below it, since the rest are padding;
+    sample_token explains temperature, top_k and top_p. compile=True takes a minute or so, then runs faster.
     """
 
-    def __init__(self, model, batch_size, length, n_vocab=None, **options):
-        self.model, self.n_vocab, self.options, self.replay = model, n_vocab, options, None
+    def __init__(self, model, batch_size, length, compile=False, n_vocab=None, **options):
+        if length > model.config.block_size:
+            raise ValueError(f"{length} tokens do not fit the context of {model.config.block_size}")
+        self.model, self.length, self.n_vocab, self.options = model, length, n_vocab, options
         device = model.rope_cos.device
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # the latest, not in the cache yet
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # where it will be
         self.cache = KVCache(model.config, batch_size, length, model.embed(self.token).dtype, device)
+        self.next = torch.compile(self.next_token, dynamic=False) if compile else self.next_token
+        self.replay = None if triton and self.token.is_cuda else self._step
 
+    def next_token(self, idx, positions):
+        """The token (B, 1) after idx (B, T), which is at `positions` (T,)."""
+        logits = self.model.lm_head(self.model.hidden(idx, self.cache, positions)[:, -1])
+        return sample_token(logits[:, : self.n_vocab], **self.options)
+
+    @torch.no_grad()
     def prefill(self, idx):
         """Begin with idx (B, T) -> the token after it, (B, 1)."""
-        with torch.compiler.set_stance("force_eager"):  # no program for every length of a prompt
-            self._advance(idx, torch.arange(idx.size(1), device=idx.device))
+        self.token.copy_(self.next_token(idx, torch.arange(idx.size(1), device=idx.device)))
         self.position.fill_(idx.size(1))
         return self.token.clone()
 
+    @torch.no_grad()
     def step(self):
-        """The next token, (B, 1)."""
-        if triton is None or not self.token.is_cuda:
-            self._step()
-            return self.token.clone()
+        """The token after that, (B, 1)."""
         if self.replay is None:
-            token, position = self.token.clone(), self.position.clone()
+            before = self.token.clone(), self.position.clone()
             self.replay = cuda_graph(self._step)
-            self.token.copy_(token), self.position.copy_(position)
+            self.token.copy_(before[0]), self.position.copy_(before[1])  # recording has gone on
         self.replay()
         return self.token.clone()
 
     def _step(self):
-        self._advance(self.token, self.position)
+        self.token.copy_(self.next(self.token, self.position))
         self.position += 1
 
-    def _advance(self, idx, positions):
-        logits = self.model.lm_head(self.model.hidden(idx, self.cache, positions)[:, -1])
-        self.token.copy_(sample_token(logits[:, : self.n_vocab], **self.options))
+    def stream(self, idx, max_new_tokens):
+        """Continue idx (B, T): yield one column of new ids (B, 1) after another. Of a text that is longer than there is
+        room for, the end is read. When the room is full, the older half is forgotten."""
+        text = idx[:, -self.length :]
+        new = []
+        for _ in range(max_new_tokens):
+            if text.size(1) + len(new) > self.length:
+                text, new = torch.cat((text, *new), dim=1)[:, -(self.length // 2 or 1) :], []
+            new.append(self.step() if new else self.prefill(text))
+            yield new[-1]
 
 
 def cuda_graph(work, pool=None):

@@ -15,7 +15,7 @@ import torch
 from data import UserError, run_script
 from data.chat import render_prompt
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
-from model import ATTENTION_IMPLS, GPT
+from model import ATTENTION_IMPLS, GPT, Decoder
 from train import choose_device, flag, load_checkpoint, load_weights, parse_flags, saved_config
 
 STAGES = ("dpo", "sft", "pretrain")  # the furthest first
@@ -36,7 +36,7 @@ class Settings:
     seed: int = flag(1, "of the random choices", least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     attn_impl: str = flag("auto", "attention kernel", choices=ATTENTION_IMPLS)
-    compile: bool = flag(False, "compile the layers first, which takes a while; then text comes faster")
+    compile: bool = flag(False, "compile the model first, which takes a minute; then text comes faster")
 
 
 def furthest_checkpoint():
@@ -56,16 +56,16 @@ class Speaker:
         self.stage, self.config = checkpoint["stage"], saved_config(checkpoint, settings.attn_impl)
         self.encoding = get_tokenizer(checkpoint["data"].get("tokenizer"))
         self.ends = {self.encoding.encode_single_token(name) for name in ENDS}
-        self.model = load_weights(GPT(self.config), checkpoint).to(self.device).freeze()
-        if settings.compile:
-            self.model.compile_layers(dynamic=False)
+        model = load_weights(GPT(self.config), checkpoint).to(self.device).freeze()
+        options = dict(temperature=settings.temperature, top_k=settings.top_k or None, top_p=settings.top_p)
+        self.decoder = Decoder(
+            model, 1, self.config.block_size, settings.compile, n_vocab=self.encoding.n_vocab, **options
+        )
         print(f"model: {path}, {self.config.attn} after {self.stage}, step {checkpoint['step']}", file=sys.stderr)
 
     def tokens(self, prompt, limit):
         """Yield at most `limit` ids with which the model continues a list of ids, up to an end token."""
-        s, idx = self.settings, torch.tensor([prompt], device=self.device)
-        options = dict(temperature=s.temperature, top_k=s.top_k or None, top_p=s.top_p, n_vocab=self.encoding.n_vocab)
-        for token in self.model.stream(idx, limit, **options):
+        for token in self.decoder.stream(torch.tensor([prompt], device=self.device), limit):
             if token.item() in self.ends:
                 return
             yield token.item()

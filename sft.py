@@ -18,7 +18,7 @@ from data import UserError, run_script
 from data.dataset import bucketed_epoch, collate, open_examples, prepared_directory, read_meta
 from data.tokenizer import IM_END, get_tokenizer
 from lora import apply_lora, load_lora, lora_state_dict, merge_lora
-from model import ATTENTION, GPT, cuda_graph, linear_cross_entropy
+from model import ATTENTION, GPT, Decoder, cuda_graph, linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------
 # Settings
@@ -92,7 +92,8 @@ def compile_exactly(model):
     """Compile a model's layers for batches of any shape. Each operation rounds to bf16 as it does uncompiled: DPO's
     policy and reference are different programs, and would otherwise differ a little where they should not."""
     torch._dynamo.config.specialize_float = True  # else the scale of the adapters is computed, on the CPU
-    model.compile_layers(dynamic=True, options={"emulate_precision_casts": True})
+    for layer in model.layers:  # which share a program; one for a whole model of many shapes would take minutes
+        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
 
 class Graphs:
@@ -249,7 +250,8 @@ class FineTuning(train.Run):
         prompt = self.val_examples.ids[: self.val_examples.mask.argmax()].astype(np.int64)
         start = torch.from_numpy(prompt)[None].to(self.device)
         with train.autocast(self.device), torch.compiler.set_stance("force_eager"):  # no program for every new length
-            stream = self.model.stream(start, max_new_tokens, temperature=0.8, top_k=50, n_vocab=self.encoding.n_vocab)
+            options = dict(temperature=0.8, top_k=50, n_vocab=self.encoding.n_vocab)
+            stream = Decoder(self.model, 1, self.config.block_size, **options).stream(start, max_new_tokens)
             answer = list(itertools.takewhile(lambda token: token != end, (token.item() for token in stream)))
         return self.encoding.decode([*prompt, *answer], errors="replace")
 

@@ -233,6 +233,13 @@ def wants_compile(mode, device):
     return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
+def compile_model(model):
+    """torch.compile, allowed to compute cheap things that feed a matrix product, like norms, again in the backward pass
+    instead of keeping them: 24.1 -> 19.7 GiB at 32 x 2048 tokens, for 1.2 % of the speed."""
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    return torch.compile(model)
+
+
 def make_optimizer(model, weight_decay):
     """AdamW. Only the matrices of linear layers decay: not norms, V1's lambda vectors or embeddings, of which a tied
     output layer is one. V2's lambda_proj is a linear layer and decays, which draws lambda toward 1/2."""
@@ -632,7 +639,7 @@ class Pretraining(Run):
             check_shape(start, config)
             load_weights(self.model, start)
         self.model.to(self.device)
-        self.compiled = torch.compile(self.model) if wants_compile(settings.compile, self.device) else self.model
+        self.compiled = compile_model(self.model) if wants_compile(settings.compile, self.device) else self.model
         self.optimizer = make_optimizer(self.model, settings.weight_decay)
         if settings.resume:
             self.restore(start)

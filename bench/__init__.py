@@ -3,6 +3,9 @@
 Times are medians of CUDA events over several calls after a warm-up, and of such medians over several runs.
 """
 
+import contextlib
+import gc
+import io
 import json
 import platform
 import statistics
@@ -13,7 +16,9 @@ from pathlib import Path
 import torch
 
 import model
+import train
 from data import Parser
+from data.dataset import prefetch
 
 
 def parse_arguments(description, **flags):
@@ -25,6 +30,13 @@ def parse_arguments(description, **flags):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", default="out/bench", help="folder of the JSON file")
     return parser.parse_args()
+
+
+def model_config(attn, block_size, smoke):
+    """The shape of the 159M model, or of the tiny one."""
+    preset = "tiny" if smoke else "ldiff"
+    shape = {**train.PRESETS[preset], **train.SHAPES[preset, attn], "attn": attn, "block_size": block_size}
+    return train.build_config(train.Settings(**shape), vocab_size=257 if smoke else 50257)
 
 
 def median_ms(work, device, calls=10, runs=3, warmup=3):
@@ -50,9 +62,34 @@ def _timed_calls(work, device, calls):
     return [before.elapsed_time(after) for before, after in zip(marks, marks[1:])]
 
 
+@contextlib.contextmanager
+def quiet():
+    """Keep what is printed off the screen."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def loop_ms(run, steps, log=None):
+    """Milliseconds a step of a loop like train.fit, whose batches another thread makes, and with its log if given."""
+    batches = prefetch(run.make_batch, range(1, steps + 1), run.device)
+    with quiet():
+        for step, (work, micro_batches) in enumerate(batches, start=1):
+            if step == 3:  # the first two have the queue to fill
+                train.synchronize(run.device)
+                started = time.perf_counter()
+            measured = train.optimizer_step(run.optimizer, 1e-4, run.accumulate, micro_batches)
+            if log:
+                log.rows.append(dict(step=step, lr=1e-4, work=work, **measured))
+                if step % run.settings.log_interval == 0:
+                    log.flush()
+        train.synchronize(run.device)
+    return 1000 * (time.perf_counter() - started) / (steps - 2)
+
+
 def fresh_memory(device):
     """Forget what earlier measurements left: memory, its peak, and compiled programs."""
     torch.compiler.reset()
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

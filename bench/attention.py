@@ -7,9 +7,9 @@ python -m bench.attention --length 4096 --impl sdpa naive
 import torch
 
 import train
-from bench import Table, fresh_memory, median_ms, parse_arguments, peak_gib
+from bench import Table, fresh_memory, median_ms, model_config, parse_arguments, peak_gib
 from data import run_script
-from model import ATTENTION, ATTENTION_IMPLS, GPTConfig, attention, flash_attn_func
+from model import ATTENTION, ATTENTION_IMPLS, attention, flash_attn_func
 
 FLAGS = dict(
     attn=dict(nargs="+", default=list(ATTENTION), choices=list(ATTENTION), help="kinds of attention"),
@@ -19,10 +19,9 @@ FLAGS = dict(
 )
 
 
-def inputs(attn, length, tokens, preset, device):
+def inputs(attn, length, tokens, smoke, device):
     """Random q, k and v of one layer, (B, T, heads, width) each."""
-    shape = train.SHAPES[preset, attn]
-    config = GPTConfig(attn=attn, **shape, n_kv_head=shape["n_head"])
+    config = model_config(attn, length, smoke)
     kind, D = ATTENTION[attn], config.head_dim
     heads = (
         (kind.q_per_head * config.n_head, D),
@@ -36,7 +35,7 @@ def inputs(attn, length, tokens, preset, device):
 def measure(attn, impl, length, arguments, device):
     """Milliseconds forward, milliseconds backward, TFLOP/s of both together, peak memory in GiB."""
     fresh_memory(device)
-    q, k, v = inputs(attn, length, arguments.tokens, "tiny" if arguments.smoke else "ldiff", device)
+    q, k, v = inputs(attn, length, arguments.tokens, arguments.smoke, device)
     few = dict(calls=2, runs=1, warmup=1) if arguments.smoke else {}
     with torch.no_grad():
         forward = median_ms(lambda: attention(q, k, v, causal=True, impl=impl), device, **few)

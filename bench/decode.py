@@ -7,14 +7,15 @@ The first rows are whole answers, prompt included. In the others a cache that is
 numbers in which are random.
 """
 
+import functools
 import itertools
 
 import torch
 
 import train
-from bench import Table, fresh_memory, median_ms, parse_arguments, peak_gib
+from bench import Table, fresh_memory, median_ms, model_config, parse_arguments, peak_gib
 from data import run_script
-from model import ATTENTION, GPT, Decoder, GPTConfig
+from model import ATTENTION, GPT, Decoder
 
 FLAGS = dict(
     attn=dict(nargs="+", default=list(ATTENTION), choices=list(ATTENTION), help="kinds of attention"),
@@ -24,21 +25,16 @@ FLAGS = dict(
 )
 
 
-def make_model(attn, block_size, arguments, device):
-    preset = "tiny" if arguments.smoke else "ldiff"
-    shape = train.SHAPES[preset, attn]
-    vocab_size = 320 if arguments.smoke else 50304
-    config = GPTConfig(attn=attn, **shape, n_kv_head=shape["n_head"], block_size=block_size, vocab_size=vocab_size)
-    model = GPT(config).to(device).freeze()
-    if train.wants_compile(arguments.compile, device):
-        model.compile_layers(dynamic=False)
-    return model
+def make_decoder(attn, batch, length, arguments, device):
+    config = model_config(attn, length, arguments.smoke)
+    compiling = train.wants_compile(arguments.compile, device)
+    return Decoder(GPT(config).to(device).freeze(), batch, length, compiling, temperature=0)
 
 
-def measure_answers(model, batch, prompt, new, device, few):
+def measure_answers(decoder, device, few, prompt, new):
     """Tokens a second of whole answers, the likeliest token each time."""
+    batch = len(decoder.token)
     idx = torch.randint(256, (batch, prompt), device=device)
-    decoder = Decoder(model, batch, prompt + new, temperature=0)
 
     def answer():
         decoder.prefill(idx)
@@ -48,18 +44,17 @@ def measure_answers(model, batch, prompt, new, device, few):
     return 1000 * batch * new / median_ms(answer, device, **few)
 
 
-def measure_context(model, batch, context, device, few):
-    """Tokens a second at the end of a context."""
-    decoder = Decoder(model, batch, context, temperature=0)
+def measure_context(decoder, device, few):
+    """Tokens a second where the room is nearly full."""
     for tensor in itertools.chain(*decoder.cache.layers):
         tensor.normal_()
 
     def steps():
-        decoder.position.fill_(context - 40)
+        decoder.position.fill_(decoder.length - 40)
         for _ in range(32):
             decoder.step()
 
-    return 1000 * batch * 32 / median_ms(steps, device, **few)
+    return 1000 * len(decoder.token) * 32 / median_ms(steps, device, **few)
 
 
 def main():
@@ -72,17 +67,14 @@ def main():
     table = Table("decode", arguments, device)
     for context, batch, attn in itertools.product([0, *arguments.context], arguments.batch, arguments.attn):
         fresh_memory(device)
-        model = make_model(attn, context or prompt + new, arguments, device)
-        with torch.no_grad():
-            if context:
-                speed = measure_context(model, batch, context, device, few)
-            else:
-                speed = measure_answers(model, batch, prompt, new, device, few)
+        decoder = make_decoder(attn, batch, context or prompt + new, arguments, device)
+        measure = measure_context if context else functools.partial(measure_answers, prompt=prompt, new=new)
+        speed = measure(decoder, device, few)
         table.add(
             attn=attn, batch=batch, context=context or f"{prompt} + {new}", tokens_per_s=speed,
             ms_per_token=1000 * batch / speed, peak_gib=peak_gib(device),
         )  # fmt: skip
-        del model
+        del decoder
     table.write()
 
 

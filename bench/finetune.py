@@ -9,7 +9,6 @@ loop_ms one of the training loop, which makes batches meanwhile.
 
 import itertools
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,10 +17,10 @@ import numpy as np
 import dpo
 import sft
 import train
-from bench import Table, fresh_memory, median_ms, parse_arguments, peak_gib
+from bench import Table, fresh_memory, loop_ms, median_ms, model_config, parse_arguments, peak_gib, quiet
 from data import run_script
 from data.dataset import prefetch, write_examples
-from model import ATTENTION, GPT, GPTConfig
+from model import ATTENTION, GPT
 
 FLAGS = dict(
     attn=dict(nargs="+", default=["v2"], choices=list(ATTENTION), help="kinds of attention"),
@@ -44,36 +43,23 @@ def random_rows(seed, encoding, block_size):
 
 def make_run(stage, attn, arguments, folder):
     """A run of SFT or DPO on random examples, from a model with random weights."""
-    preset, shapes = ("tiny", SMOKE_SHAPES) if arguments.smoke else ("ldiff", SHAPES)
-    prompt, answer, batch_size = shapes[stage]
+    prompt, answer, batch_size = (SMOKE_SHAPES if arguments.smoke else SHAPES)[stage]
     seeds = [(prompt, answer, 1 if stage == "sft" else 2, number) for number in range(8 * batch_size)]
     write_examples(folder / "random" / stage, seeds, random_rows, "bytes", prompt + answer, "random")
-    shape = train.SHAPES[preset, attn]
-    config = GPTConfig(attn=attn, **shape, n_kv_head=shape["n_head"], block_size=prompt + answer)
+    config = model_config(attn, prompt + answer, arguments.smoke)
     start = {"model": GPT(config).state_dict(), "config": asdict(config), "data": {"tokenizer": "bytes"}}
     script = sft if stage == "sft" else dpo
     settings = script.Settings(
-        preset=preset, attn=attn, dataset=f"{folder}/random", batch_size=batch_size, micro_batch_size=batch_size,
+        attn=attn, dataset=f"{folder}/random", batch_size=batch_size, micro_batch_size=batch_size,
         device=arguments.device, compile=arguments.compile,
     )  # fmt: skip
     return (sft.SFT if stage == "sft" else dpo.DPO)(settings, start)
 
 
-def loop_ms(run, steps):
-    """Milliseconds a step of a loop like train.fit, which prepares batches in another thread, without its log."""
-    for step, (_, micro_batches) in zip(itertools.count(), prefetch(run.make_batch, range(1, steps + 1), run.device)):
-        if step == 2:
-            train.synchronize(run.device)
-            started = time.perf_counter()
-        train.optimizer_step(run.optimizer, 1e-4, run.accumulate, micro_batches)
-    train.synchronize(run.device)
-    return 1000 * (time.perf_counter() - started) / (steps - 2)
-
-
 def measure(stage, attn, arguments, device):
     fresh_memory(device)
     few = dict(calls=2, runs=1, warmup=1) if arguments.smoke else dict(calls=20)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         run = make_run(stage, attn, arguments, Path(folder))
         _, batch = next(iter(prefetch(run.make_batch, range(1, 2), run.device)))
         step_ms = median_ms(lambda: train.optimizer_step(run.optimizer, 1e-4, run.accumulate, batch), device, **few)

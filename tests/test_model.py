@@ -472,11 +472,8 @@ def test_gpu_generation_replays_a_graph(attn, compile):
     """In bf16 the likeliest token may differ where two are close, so every choice has to be nearly the best."""
     model = tiny_model(attn, "grouped", head_dim=32, block_size=64).cuda()
     exact = tiny_model(attn, "grouped", head_dim=32, block_size=64, attn_impl="naive").double().cuda()
-    model.freeze()
-    if compile:
-        model.compile_layers(dynamic=False)
     idx = torch.randint(64, (3, 5), device="cuda")
-    out = model.generate(idx, 50, temperature=0)
+    out = model.freeze().generate(idx, 50, temperature=0, compile=compile)
     logits = exact(out[:, :-1])[0][:, 4:]
     chosen = logits.gather(-1, out[:, 5:, None]).squeeze(-1)
     assert (logits.amax(-1) - chosen).max() < 0.1 * logits.std()

@@ -13,7 +13,7 @@ import sample
 import train
 from data import UserError
 from data.tokenizer import END_OF_TEXT, IM_END, get_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, Decoder, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 BYTES = get_tokenizer("bytes")
@@ -43,12 +43,12 @@ def say(home, monkeypatch, capsys):
     def call(*flags, typed="", says=None):
         prompts = []
 
-        def stream(model, idx, limit, **options):
+        def stream(decoder, idx, limit):
             prompts.append(BYTES.decode(idx[0].tolist()))
             yield from (torch.tensor([[token]]) for token in says[:limit])
 
         if says is not None:
-            monkeypatch.setattr(GPT, "stream", stream)
+            monkeypatch.setattr(Decoder, "stream", stream)
         monkeypatch.setattr("sys.argv", ["sample.py", "--device", "cpu", *map(str, flags)])
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         capsys.readouterr()
