@@ -248,7 +248,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache.k[:, cache.positions], cache.v[:, cache.positions] = k, v
             if q.size(1) == 1:
-                return decode_attention(q, cache.k, cache.v, cache.positions)
+                return decode_attention(q, cache.k, cache.v, cache.positions, self.impl)
         return attention(q, k, v, causal=True, impl=self.impl)
 
     def forward(self, x, rope, cache=None):
@@ -388,15 +388,19 @@ class KVCache:
         return [LayerCache(k, v, positions) for k, v in self.layers]
 
 
-def decode_attention(q, k, v, position):
+def has_decode_kernel(x, impl):
+    return triton is not None and x.is_cuda and impl != "naive"
+
+
+def decode_attention(q, k, v, position, impl="auto"):
     """attention() of one query a head, q (B, 1, H, D), to the keys k (B, S, K, D) and values v (B, S, G, Dv) up to and
     with `position`, a tensor (1,): a CUDA graph goes on with another position. -> (B, 1, H, Dv)
 
     Every program reads one part of the context, since a few long sequences would leave most of a GPU idle.
     """
-    if triton is None or not q.is_cuda:
+    if not has_decode_kernel(q, impl):
         end = int(position) + 1
-        return attention(q, k[:, :end], v[:, :end])
+        return attention(q, k[:, :end], v[:, :end], impl=impl)
     B, _, H, D = q.shape
     S, K, G, Dv = k.size(1), k.size(2), v.size(2), v.size(3)
     programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -709,7 +713,7 @@ class Decoder:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # where it will be
         self.cache = KVCache(model.config, batch_size, length, model.embed(self.token).dtype, device)
         self.next = torch.compile(self.next_token, dynamic=False) if compile else self.next_token
-        self.replay = None if triton and self.token.is_cuda else self._step
+        self.replay = None if has_decode_kernel(self.token, model.config.attn_impl) else self._step
 
     def next_token(self, idx, positions):
         """The token (B, 1) after idx (B, T), which is at `positions` (T,)."""
@@ -727,15 +731,15 @@ class Decoder:
     def step(self):
         """The token after that, (B, 1)."""
         if self.replay is None:
-            before = self.token.clone(), self.position.clone()
+            latest = self.token.clone()
             self.replay = cuda_graph(self._step)
-            self.token.copy_(before[0]), self.position.copy_(before[1])  # recording has gone on
+            self.token.copy_(latest)  # recording has put others there
         self.replay()
+        self.position += 1
         return self.token.clone()
 
     def _step(self):
         self.token.copy_(self.next(self.token, self.position))
-        self.position += 1
 
     def stream(self, idx, max_new_tokens):
         """Continue idx (B, T): yield one column of new ids (B, 1) after another. Of a text that is longer than there is
@@ -771,11 +775,16 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
     if top_k is None and top_p is None:
-        probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
-        return torch.multinomial(probabilities, num_samples=1)
+        return draw(((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1))
     logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
     probabilities = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
     if top_p is not None:
         likelier = probabilities.cumsum(dim=-1) - probabilities  # of all that come before
         probabilities = probabilities.masked_fill(likelier >= top_p, 0.0)
-    return ids.gather(-1, torch.multinomial(probabilities, num_samples=1))
+    return ids.gather(-1, draw(probabilities))
+
+
+def draw(probabilities):
+    """One index from each row of probabilities (B, V), which need not sum to 1 -> (B, 1). The first of V exponential
+    clocks to ring; torch.multinomial would make the CPU wait for the GPU, which no CUDA graph can."""
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1, keepdim=True)

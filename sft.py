@@ -125,9 +125,9 @@ class Graphs:
         before = [gradient.clone() for gradient in self.gradients]
 
         def work():
-            share.update(self.loss_of(*inputs))
-            torch._foreach_add_(self.gradients, torch.autograd.grad(share["loss"], self.parameters))
-            share.update({name: value.detach() for name, value in share.items()})
+            values = self.loss_of(*inputs)
+            torch._foreach_add_(self.gradients, torch.autograd.grad(values["loss"], self.parameters))
+            share.update({name: value.detach() for name, value in values.items()})
 
         replay = cuda_graph(work, self.pool)
         torch._foreach_copy_(self.gradients, before)  # recording has added to them

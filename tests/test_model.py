@@ -477,3 +477,17 @@ def test_gpu_generation_replays_a_graph(attn, compile):
     logits = exact(out[:, :-1])[0][:, 4:]
     chosen = logits.gather(-1, out[:, 5:, None]).squeeze(-1)
     assert (logits.amax(-1) - chosen).max() < 0.1 * logits.std()
+
+
+@needs_gpu
+def test_gpu_sampling_follows_the_seed_and_fills_the_context():
+    model = tiny_model("v2", block_size=64).cuda().freeze()
+    idx = torch.randint(64, (2, 63), device="cuda")  # the second new token is the last one there is room for
+
+    def text(seed, **options):
+        torch.manual_seed(seed)
+        return model.generate(idx, 40, **options)
+
+    for options in ({}, dict(top_k=5, top_p=0.9)):
+        assert torch.equal(text(1, **options), text(1, **options))
+        assert not torch.equal(text(1, **options), text(2, **options))
