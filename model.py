@@ -712,7 +712,9 @@ class Decoder:
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # the latest, not in the cache yet
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # where it will be
         self.cache = KVCache(model.config, batch_size, length, model.embed(self.token).dtype, device)
-        self.next = torch.compile(self.next_token, dynamic=False) if compile else self.next_token
+        # The option is for products of a single row, which become kernels that take in what comes before and after.
+        fast = dict(dynamic=False, options={"coordinate_descent_tuning": True})
+        self.next = torch.compile(self.next_token, **fast) if compile else self.next_token
         self.replay = None if has_decode_kernel(self.token, model.config.attn_impl) else self._step
 
     def next_token(self, idx, positions):
