@@ -1,6 +1,7 @@
 """The plain Transformer and the Differential Transformer, V1 and V2, in one file.
 
-Everything but the attention is shared: a Llama-style decoder with RMSNorm, RoPE and SwiGLU, and no biases.
+Everything but the attention is shared: a Llama-style decoder with RMSNorm, RoPE and SwiGLU, and no biases. In order:
+attention, layers, loss, model, generating, and the Triton kernels that the loss and generating use on a GPU.
 Shapes are written beside tensors:
 
     B batch    T query positions    S key positions    C n_embd    D head_dim
@@ -192,30 +193,42 @@ def apply_rope(x, rope):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
-def project(x, layers, join=True):
-    """What several linear layers make of the same x (..., in), in one matrix product, which is faster; without `join`,
-    only after GPT.freeze. Layers with a `base`, LoRA's, add to what that makes."""
-    bases = [getattr(layer, "base", layer) for layer in layers]
-    weight = getattr(bases[0], "joint", None)  # which GPT.freeze keeps
-    if weight is None and not join:
-        return [layer(x) for layer in layers]
-    if weight is None:
-        weight = joint_weight(bases)
-    sizes = [base.out_features for base in bases]
-    if missing := len(weight) - sum(sizes):
-        sizes.append(missing)
-    pieces = F.linear(x, weight).split(sizes, dim=-1)
-    return [y if layer is base else layer.adapt(y, x) for y, layer, base in zip(pieces, layers, bases)]
+class JointProjections(nn.Module):
+    """A module that begins with several linear layers of the same x, `projections()`. One matrix product does the work
+    of all, which is faster; it is filled up to a multiple of 8 columns, without which products slow down."""
+
+    join_to_train = True
+
+    def __init__(self):
+        super().__init__()
+        self.register_parameter(
+            "joint", None
+        )  # the weights of `projections()` side by side, in place of them, if frozen
+
+    def project(self, x):
+        """x (..., in) -> what each layer makes of it. Layers with a `base`, LoRA's, add to what that makes."""
+        layers = self.projections()
+        if self.joint is None and not self.join_to_train:
+            return [layer(x) for layer in layers]
+        bases = [getattr(layer, "base", layer) for layer in layers]
+        weight = self.joint_weight(bases) if self.joint is None else self.joint
+        sizes = [base.out_features for base in bases]
+        if missing := len(weight) - sum(sizes):
+            sizes.append(missing)
+        pieces = F.linear(x, weight).split(sizes, dim=-1)
+        return [y if layer is base else layer.adapt(y, x) for y, layer, base in zip(pieces, layers, bases)]
+
+    def joint_weight(self, layers):
+        weight = torch.cat([layer.weight for layer in layers])
+        return F.pad(weight, (0, 0, 0, -len(weight) % 8)) if len(weight) % 8 else weight
+
+    def freeze(self):
+        self.joint = nn.Parameter(self.joint_weight(self.projections()), requires_grad=False)
+        for layer in self.projections():
+            layer.weight = None
 
 
-def joint_weight(layers):
-    """The weights of several linear layers side by side, filled up to a multiple of 8 rows, without which products
-    slow down."""
-    weight = torch.cat([layer.weight for layer in layers])
-    return F.pad(weight, (0, 0, 0, -len(weight) % 8)) if len(weight) % 8 else weight
-
-
-class Attention(nn.Module):
+class Attention(JointProjections):
     """Causal softmax attention with grouped queries: the baseline, and what both DIFF variants build on."""
 
     q_per_head = 1  # query heads, in n_head
@@ -231,13 +244,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
 
-    def inputs(self):
+    def projections(self):
         """The layers that read x."""
         return self.q_proj, self.k_proj, self.v_proj
 
     def qkv(self, x, rope):
-        """x (B, T, C) -> q (B, T, H, D), k (B, T, K, D), both rotated, v (B, T, G, Dv), and what else `inputs` has."""
-        q, k, v, *more = project(x, self.inputs())
+        """x (B, T, C) -> q (B, T, H, D), k (B, T, K, D), both rotated, v (B, T, G, Dv), and what else there is."""
+        q, k, v, *more = self.project(x)
         q = apply_rope(q.unflatten(-1, (-1, self.head_dim)), rope)
         k = apply_rope(k.unflatten(-1, (-1, self.head_dim)), rope)
         v = v.contiguous()  # else the backward pass would keep all of the product for it
@@ -311,8 +324,8 @@ class DiffAttnV2(Attention):
         super().__init__(config, layer)
         self.lambda_proj = nn.Linear(config.n_embd, config.n_head, bias=False)
 
-    def inputs(self):
-        return *super().inputs(), self.lambda_proj
+    def projections(self):
+        return *super().projections(), self.lambda_proj
 
     def lam(self, x):
         """The factor of the second map, sigmoid(lambda): x (B, T, C) -> (B, T, n_head)."""
@@ -328,8 +341,10 @@ class DiffAttnV2(Attention):
 ATTENTION = {"vanilla": Attention, "v1": DiffAttnV1, "v2": DiffAttnV2}
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(JointProjections):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    join_to_train = False  # to write the gradients of both halves into one tensor costs more than it saves
 
     def __init__(self, config):
         super().__init__()
@@ -337,13 +352,11 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
         self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
 
-    def inputs(self):
+    def projections(self):
         return self.gate_proj, self.up_proj
 
     def forward(self, x):
-        gate, up = project(
-            x, self.inputs(), join=False
-        )  # to train, one gradient for both would cost more than it saves
+        gate, up = self.project(x)
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -361,124 +374,25 @@ class Block(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Decoding: the attention of one new token to all before it, whose keys and values are kept
-
-
-class LayerCache(NamedTuple):
-    """Keys (B, S, K, D) and values (B, S, G, Dv) of one layer, with room for S tokens, and the positions (T,) of the
-    tokens that the model is at: those from 0 on, or a single one."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-    positions: torch.Tensor
-
-
-class KVCache:
-    """Keys and values of `batch_size` sequences of up to `length` tokens: 2 * n_kv_head * head_dim numbers a token and
-    layer for every kind of attention."""
-
-    def __init__(self, config, batch_size, length, dtype, device):
-        width = ATTENTION[config.attn].value_width
-        k_shape = (batch_size, length, config.n_kv_head, config.head_dim)
-        v_shape = (batch_size, length, config.n_kv_head // width, width * config.head_dim)
-        shapes = [(k_shape, v_shape)] * config.n_layer
-        self.layers = [[torch.zeros(shape, dtype=dtype, device=device) for shape in pair] for pair in shapes]
-
-    def at(self, positions):
-        return [LayerCache(k, v, positions) for k, v in self.layers]
-
-
-def has_decode_kernel(x, impl):
-    return triton is not None and x.is_cuda and impl != "naive"
-
-
-def decode_attention(q, k, v, position, impl="auto"):
-    """attention() of one query a head, q (B, 1, H, D), to the keys k (B, S, K, D) and values v (B, S, G, Dv) up to and
-    with `position`, a tensor (1,): a CUDA graph goes on with another position. -> (B, 1, H, Dv)
-
-    Every program reads one part of the context, since a few long sequences would leave most of a GPU idle.
-    """
-    if not has_decode_kernel(q, impl):
-        end = int(position) + 1
-        return attention(q, k[:, :end], v[:, :end], impl=impl)
-    B, _, H, D = q.shape
-    S, K, G, Dv = k.size(1), k.size(2), v.size(2), v.size(3)
-    programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
-    splits = min(triton.cdiv(S, 64), max(1, programs // (B * G)))
-    parts = torch.empty(B, H, splits, Dv, device=q.device)
-    weights = torch.empty(B, H, splits, device=q.device)
-    _decode_kernel[(B * G, splits)](
-        q.contiguous(), k, v, parts, weights, position, D**-0.5, S, G,
-        QUERIES=H // G, KEYS=K // G, D=D, KEY_WIDTH=triton.next_power_of_2(K // G * D),
-        DV=Dv, VALUE_WIDTH=triton.next_power_of_2(Dv), ROWS=max(16, triton.next_power_of_2(H // G)), BLOCK=64,
-    )  # fmt: skip
-    weights = torch.softmax(weights, dim=-1).unsqueeze(-1)
-    return (parts * weights).sum(2).type_as(q).unsqueeze(1)
-
-
-if triton:
-
-    @triton.jit
-    def _decode_kernel(
-        q, k, v, parts, log_totals, position, scale, S, G,
-        QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, KEY_WIDTH: tl.constexpr,
-        DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """One program for a value head of a sequence and a part of its context: the softmax-weighted values there of
-        the QUERIES that read it, and the log of the sum that they are divided by.
-
-        V1's value head has two key heads. They are read as one that is twice as wide, by queries with zeros in the half
-        that is not theirs, so that values are read once.
-        """
-        sequence, group, part = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G, tl.program_id(1)
-        length, splits = tl.load(position) + 1, tl.num_programs(1)
-        share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
-        start = part * share
-        stop = tl.minimum(start + share, length)
-        row, key_column, column = tl.arange(0, ROWS), tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
-        head = (sequence * G + group) * QUERIES + row
-        own_half = (key_column // D)[None, :] == (row // (QUERIES // KEYS))[:, None]
-        q_mask = own_half & (row < QUERIES)[:, None]
-        query = tl.load(q + head[:, None] * D + (key_column % D)[None, :], mask=q_mask, other=0.0)
-        k += (sequence * S * G + group) * KEYS * D
-        v += (sequence * S * G + group) * DV
-        top = tl.full((ROWS,), -float("inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        values = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
-        for first in range(start, stop, BLOCK):
-            token = first + tl.arange(0, BLOCK)
-            k_mask = (token < stop)[None, :] & (key_column < KEYS * D)[:, None]
-            keys = tl.load(k + token[None, :] * (G * KEYS * D) + key_column[:, None], mask=k_mask, other=0.0)
-            scores = (tl.dot(query, keys, input_precision="ieee") * scale).to(tl.float32)
-            scores = tl.where((token < stop)[None, :], scores, -float("inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            probabilities = tl.exp(scores - new_top[:, None])
-            v_mask = (token < stop)[:, None] & (column < DV)[None, :]
-            block = tl.load(v + token[:, None] * (G * DV) + column[None, :], mask=v_mask, other=0.0)
-            fade = tl.exp(top - new_top)
-            total = total * fade + tl.sum(probabilities, 1)
-            values = values * fade[:, None] + tl.dot(probabilities.to(block.dtype), block, input_precision="ieee")
-            top = new_top
-        out = head * splits + part
-        tl.store(log_totals + out, top + tl.log(total), mask=row < QUERIES)  # -inf where a part is empty
-        mean = values / tl.where(total > 0, total, 1.0)[:, None]
-        out_mask = (row < QUERIES)[:, None] & (column < DV)[None, :]
-        tl.store(parts + out[:, None] * DV + column[None, :], mean, mask=out_mask)
-
-
-# ---------------------------------------------------------------------------------------------------
 # The loss
 
 
-def linear_cross_entropy(hidden, weight, targets):
-    """Cross-entropy in nats of logits = hidden weight^T, without keeping the logits, the largest tensor of all.
-
-    hidden (M, C), weight (V, C), targets (M,) int64 -> (M,) float32, 0 where the target is -100. Gradients are computed
-    on the way, for the sum of the result: if `weight` is trained, every entry of it must have the same factor.
-    """
+def mean_cross_entropy(hidden, weight, targets):
+    """The mean cross-entropy in nats of logits = hidden weight^T, of which only a part exists at a time: they would be
+    the largest tensor of all. hidden (M, C), weight (V, C), targets (M,) int64, of which -100 are ignored -> a scalar,
+    at least float32."""
     learning = torch.is_grad_enabled()
     losses, _, _ = _linear_cross_entropy(hidden, weight, targets, learning, learning and weight.requires_grad)
-    return losses
+    return losses.sum() / (targets != -100).sum()
+
+
+def token_cross_entropy(hidden, weight, targets):
+    """The same for every token, 0 for -100: (M,) float32. Raises ValueError if `weight` is trained: its gradient is
+    computed before it is known what becomes of each loss."""
+    learning = torch.is_grad_enabled()
+    if learning and weight.requires_grad:
+        raise ValueError("losses of single tokens need a frozen weight")
+    return _linear_cross_entropy(hidden, weight, targets, learning, False)[0]
 
 
 CHUNK = 8192  # rows whose logits exist at the same time; products of fewer rows are slower
@@ -491,15 +405,15 @@ def _linear_cross_entropy(
     """The losses and the gradients of their sum for `hidden` and `weight`; those not wanted are empty."""
     losses, grad_hidden, grad_weight = _empty_results(hidden, weight, targets, want_hidden, want_weight)
     grad_weight.zero_()
-    narrow = weight.to(hidden.dtype)
+    weight_cast = weight.to(hidden.dtype)
     buffer = hidden.new_empty(min(CHUNK, len(hidden)), len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = torch.mm(hidden[rows], narrow.T, out=buffer[: len(hidden[rows])])
+            logits = torch.mm(hidden[rows], weight_cast.T, out=buffer[: len(hidden[rows])])
             losses[rows] = cross_entropy_(logits, targets[rows])
             if want_hidden:
-                torch.mm(logits, narrow, out=grad_hidden[rows])
+                torch.mm(logits, weight_cast, out=grad_hidden[rows])
             if want_weight:
                 _add_product(grad_weight, logits.T, hidden[rows])
     return losses, grad_hidden, grad_weight
@@ -507,20 +421,21 @@ def _linear_cross_entropy(
 
 @_linear_cross_entropy.register_fake
 def _empty_results(hidden, weight, targets, want_hidden, want_weight):
-    losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    losses = hidden.new_empty(hidden.size(0), dtype=torch.promote_types(hidden.dtype, torch.float32))
     grad_hidden = torch.empty_like(hidden) if want_hidden else hidden.new_empty(0)
     grad_weight = torch.empty_like(weight) if want_weight else weight.new_empty(0)
     return losses, grad_hidden, grad_weight
 
 
 def _keep_gradients(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that are not used
     ctx.save_for_backward(*output[1:])
 
 
 def _scale_gradients(ctx, factors, *unused):
     grad_hidden, grad_weight = ctx.saved_tensors
-    grad_hidden = grad_hidden * factors.unsqueeze(-1).type_as(grad_hidden)
-    return grad_hidden, grad_weight * factors[0] if len(grad_weight) else None, None, None, None
+    scaled = (grad_hidden * factors.unsqueeze(-1)).type_as(grad_hidden)
+    return scaled, grad_weight * factors[0] if len(grad_weight) else None, None, None, None  # all factors are the same
 
 
 _linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -536,46 +451,19 @@ def _add_product(total, a, b):
 
 def cross_entropy_(logits, targets):
     """The cross-entropy of each row of logits (M, V), which is overwritten with its gradient."""
-    if triton is None or not logits.is_cuda:
+    if triton is None or not logits.is_cuda or logits.dtype == torch.float64:
         return _cross_entropy_torch(logits, targets)
     losses = torch.empty(len(logits), device=logits.device)
-    _cross_entropy_kernel[(len(logits),)](logits, targets, losses, logits.size(1), BLOCK=2048, num_warps=4)
+    _cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, logits.size(1), BLOCK=2048, num_warps=4)
     return losses
 
 
 def _cross_entropy_torch(logits, targets):
-    x, learned, index = at_least_float32(logits), targets != -100, targets.clamp(min=0)[:, None]
-    total = x.logsumexp(dim=-1, keepdim=True)
-    losses = (total - x.gather(-1, index)).squeeze(-1) * learned
-    gradient = (x - total).exp().scatter_add_(-1, index, x.new_full((), -1.0).expand_as(index))
+    x, learned = at_least_float32(logits), targets != -100
+    losses, gradient = F.cross_entropy(x, targets, reduction="none"), x.softmax(dim=-1)
+    gradient[learned, targets[learned]] -= 1
     logits.copy_(gradient * learned[:, None])
     return losses
-
-
-if triton:
-
-    @triton.jit
-    def _cross_entropy_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
-        """One program a row: one pass for the logarithm of the sum of exponentials, one for the gradient."""
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * V
-        target = tl.load(targets + row)
-        top, total, at_target = -float("inf"), 0.0, 0.0
-        for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
-            new_top = tl.maximum(top, tl.max(x))
-            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top))
-            at_target += tl.sum(tl.where(column == target, x, 0.0))
-            top = new_top
-        log_total = top + tl.log(total)
-        learned = tl.where(target == -100, 0.0, 1.0)
-        tl.store(losses + row, (log_total - at_target) * learned)
-        for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + column, mask=column < V).to(tl.float32)
-            gradient = (tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)) * learned
-            tl.store(logits + column, gradient, mask=column < V)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -620,7 +508,8 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, positions=None):
         """What lm_head turns into logits: idx (B, T) int64 -> (B, T, C). Raises ValueError if T exceeds block_size.
 
-        With a KVCache, for the tokens at `positions` (T,): those from 0 on, or a single one that follows others."""
+        With a KVCache, for the tokens at `positions` (T,). A single token sees what is in the cache before it; several
+        are the beginning of a text and see each other alone."""
         rope = self.rope(idx.size(1)) if cache is None else (self.rope_cos[positions], self.rope_sin[positions])
         caches = [None] * len(self.layers) if cache is None else cache.at(positions)
         x = self.embed(idx)
@@ -629,13 +518,13 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) int64 -> logits (B, T, vocab_size) and None; with targets (B, T), None and the mean cross-entropy
-        in nats, in which targets of -100 are ignored. Raises ValueError if T exceeds block_size."""
+        """idx (B, T) int64 -> logits (B, T, vocab_size) and None; with targets (B, T), None, since logits are not kept,
+        and the mean cross-entropy in nats, in which targets of -100 are ignored. Raises ValueError if T exceeds
+        block_size."""
         hidden = self.hidden(idx)
         if targets is None:
             return self.lm_head(hidden), None
-        losses = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        return None, losses.sum() / (targets != -100).sum()
+        return None, mean_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     @torch.no_grad()
     def lambdas(self, idx):
@@ -651,22 +540,17 @@ class GPT(nn.Module):
         return means
 
     def freeze(self):
-        """Make the model ready to generate and nothing else: bf16 on a GPU, and with the weights that `project` joins
-        side by side for good. Returns it."""
-        self.requires_grad_(False)
+        """Prepare for generation only: bf16 on a GPU, and weights that are used together side by side, no longer under
+        their names. Merge adapters first. Returns the model."""
+        self.requires_grad_(False).eval()
         if self.rope_cos.is_cuda:
-            self.narrow()
+            self.cast_frozen()
         for module in self.modules():
-            if isinstance(module, (Attention, SwiGLU)):
-                layers = module.inputs()
-                joint, first = joint_weight(layers), 0
-                for layer in layers:  # they keep no copy
-                    layer.weight.data = joint[first : first + layer.out_features]
-                    first += layer.out_features
-                layers[0].joint = joint
+            if isinstance(module, JointProjections):
+                module.freeze()
         return self
 
-    def narrow(self):
+    def cast_frozen(self):
         """Cast matrices that are not trained to bf16, once, as autocast does at every product; returns the model."""
         for parameter in self.parameters():
             if parameter.ndim == 2 and not parameter.requires_grad:
@@ -674,7 +558,8 @@ class GPT(nn.Module):
         return self
 
     def generate(self, idx, max_new_tokens, **options):
-        """Continue idx (B, T) by sampling -> (B, T + max_new_tokens). Decoder explains the options."""
+        """Continue idx (B, T) by sampling -> (B, T + max_new_tokens). Decoder explains the options; one that is kept
+        saves recording its graph for every text."""
         decoder = Decoder(self, len(idx), min(idx.size(1) + max_new_tokens, self.config.block_size), **options)
         return torch.cat((idx, *decoder.stream(idx, max_new_tokens)), dim=1)
 
@@ -697,6 +582,63 @@ class GPT(nn.Module):
         return 6 * (weights + config.n_layer * products)
 
 
+# ---------------------------------------------------------------------------------------------------
+# Generating: the attention of one new token to all before it, whose keys and values are kept
+
+
+class LayerCache(NamedTuple):
+    """Keys (B, S, K, D) and values (B, S, G, Dv) of one layer, with room for S tokens, and the positions (T,) where
+    those of the tokens being read go."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor
+
+
+class KVCache:
+    """Keys and values of `batch_size` sequences of up to `length` tokens: 2 * n_kv_head * head_dim numbers a token and
+    layer for every kind of attention."""
+
+    def __init__(self, config, batch_size, length, dtype, device):
+        width = ATTENTION[config.attn].value_width
+        k_shape = (batch_size, length, config.n_kv_head, config.head_dim)
+        v_shape = (batch_size, length, config.n_kv_head // width, width * config.head_dim)
+        shapes = [(k_shape, v_shape)] * config.n_layer
+        self.layers = [[torch.zeros(shape, dtype=dtype, device=device) for shape in pair] for pair in shapes]
+
+    def at(self, positions):
+        return [LayerCache(k, v, positions) for k, v in self.layers]
+
+
+def has_decode_kernel(k, impl):
+    return triton is not None and k.is_cuda and k.dtype in HALF and impl != "naive"
+
+
+def decode_attention(q, k, v, position, impl="auto"):
+    """attention() of one query a head, q (B, 1, H, D), to the keys k (B, S, K, D) and values v (B, S, G, Dv) up to and
+    with `position`, a tensor (1,): a CUDA graph goes on with another position. -> (B, 1, H, Dv)
+
+    Every program reads one part of the context, since a few long sequences would leave most of a GPU idle.
+    """
+    if not has_decode_kernel(k, impl):
+        end = int(position) + 1
+        return attention(q, k[:, :end], v[:, :end], impl=impl)
+    B, _, H, D = q.shape
+    S, K, G, Dv = k.size(1), k.size(2), v.size(2), v.size(3)
+    programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count  # one loads while another waits
+    splits = min(triton.cdiv(S, 64), max(1, programs // (B * G)))
+    parts = torch.empty(B, H, splits, Dv, device=q.device)
+    log_totals = torch.empty(B, H, splits, device=q.device)
+    _decode_kernel[(B * G, splits)](
+        q.contiguous(), k, v, parts, log_totals, position, D**-0.5, S, G,
+        QUERIES=H // G, KEYS=K // G, D=D, KEY_WIDTH=max(16, triton.next_power_of_2(K // G * D)),
+        DV=Dv, VALUE_WIDTH=max(16, triton.next_power_of_2(Dv)), ROWS=max(16, triton.next_power_of_2(H // G)),
+        BLOCK=64 if Dv <= 128 else 32,
+    )  # fmt: skip
+    weights = torch.softmax(log_totals, dim=-1).unsqueeze(-1)
+    return (parts * weights).sum(2).type_as(q).unsqueeze(1)
+
+
 class Decoder:
     """Continues texts: reads what there is, then produces token by token, as a CUDA graph on a GPU with Triton.
 
@@ -710,63 +652,80 @@ class Decoder:
         self.model, self.length, self.n_vocab, self.options = model, length, n_vocab, options
         device = model.rope_cos.device
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # the latest, not in the cache yet
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # where it will be
+        self.used, self.position = 0, torch.zeros(1, dtype=torch.int64, device=device)  # where it will be, twice
         self.cache = KVCache(model.config, batch_size, length, model.embed(self.token).dtype, device)
         # The option is for products of a single row, which become kernels that take in what comes before and after.
         fast = dict(dynamic=False, options={"coordinate_descent_tuning": True})
-        self.next = torch.compile(self.next_token, **fast) if compile else self.next_token
-        self.replay = None if has_decode_kernel(self.token, model.config.attn_impl) else self._step
-
-    def next_token(self, idx, positions):
-        """The token (B, 1) after idx (B, T), which is at `positions` (T,)."""
-        logits = self.model.lm_head(self.model.hidden(idx, self.cache, positions)[:, -1])
-        return sample_token(logits[:, : self.n_vocab], **self.options)
+        self.hidden = torch.compile(model.hidden, **fast) if compile else model.hidden
+        self.replay = None
 
     @torch.no_grad()
     def prefill(self, idx):
         """Begin with idx (B, T) -> the token after it, (B, 1)."""
-        self.token.copy_(self.next_token(idx, torch.arange(idx.size(1), device=idx.device)))
-        self.position.fill_(idx.size(1))
+        if idx.size(1) > self.length or len(idx) != len(self.token):
+            raise ValueError(f"there is no room for {tuple(idx.shape)} tokens, but for {len(self.token), self.length}")
+        self._choose(self.model.hidden(idx, self.cache, torch.arange(idx.size(1), device=idx.device)))
+        self.used = idx.size(1)
+        self.position.fill_(self.used)
         return self.token.clone()
 
     @torch.no_grad()
     def step(self):
         """The token after that, (B, 1)."""
+        if self.used == self.length:
+            raise ValueError(f"the room for {self.length} tokens is full")
+        if not has_decode_kernel(self.cache.layers[0][0], self.model.config.attn_impl):
+            self._step()
+        else:
+            self._replay()
+        self.used += 1
+        self.position += 1
+        return self.token.clone()
+
+    def _replay(self):
         if self.replay is None:
             latest = self.token.clone()
             self.replay = cuda_graph(self._step)
             self.token.copy_(latest)  # recording has put others there
         self.replay()
-        self.position += 1
-        return self.token.clone()
 
     def _step(self):
-        self.token.copy_(self.next(self.token, self.position))
+        self._choose(self.hidden(self.token, self.cache, self.position))
+
+    def _choose(self, hidden):
+        logits = self.model.lm_head(hidden[:, -1])
+        self.token.copy_(sample_token(logits[:, : self.n_vocab], **self.options))
 
     def stream(self, idx, max_new_tokens):
-        """Continue idx (B, T): yield one column of new ids (B, 1) after another. Of a text that is longer than there is
-        room for, the end is read. When the room is full, the older half is forgotten."""
-        text = idx[:, -self.length :]
-        new = []
-        for _ in range(max_new_tokens):
-            if text.size(1) + len(new) > self.length:
-                text, new = torch.cat((text, *new), dim=1)[:, -(self.length // 2 or 1) :], []
-            new.append(self.step() if new else self.prefill(text))
-            yield new[-1]
+        """Continue idx (B, T): yield one column of new ids (B, 1) after another. A text longer than `length` is cut to
+        its last tokens. When the room is full, the older half is dropped, and the rest read again."""
+        text = [idx[:, -self.length :]]
+        for count in range(max_new_tokens):
+            if count and self.used < self.length:
+                text.append(self.step())
+            else:
+                if count:
+                    text = [torch.cat(text, dim=1)[:, -(self.length // 2 or 1) :]]
+                text.append(self.prefill(text[0]))
+            yield text[-1]
 
 
 def cuda_graph(work, pool=None):
     """Record what work() does on the GPU, and return a function that does it again with a single launch. work() is
     called three times; it has to find its inputs and leave its results at the same places each time."""
-    stream = torch.cuda.Stream()
+    stream, random = torch.cuda.Stream(), torch.cuda.get_rng_state()
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # a graph may not use weights that autocast has cast before
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):  # compiles and plans what must not happen while recording
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may go on meanwhile
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use the GPU
         work()
+    torch.set_autocast_cache_enabled(caching)
+    torch.cuda.set_rng_state(random)  # as if nothing had been drawn yet
     return graph.replay
 
 
@@ -790,3 +749,80 @@ def draw(probabilities):
     """One index from each row of probabilities (B, V), which need not sum to 1 -> (B, 1). The first of V exponential
     clocks to ring; torch.multinomial would make the CPU wait for the GPU, which no CUDA graph can."""
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Triton kernels, for decode_attention and cross_entropy_
+
+if triton:
+
+    @triton.jit
+    def _decode_kernel(
+        q, k, v, parts, log_totals, position, scale, S, G,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, KEY_WIDTH: tl.constexpr,
+        DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program for a value head of a sequence and a part of its context: the softmax-weighted values there of
+        the QUERIES that read it, and the log of the sum that they are divided by.
+
+        V1's value head has two key heads. They are read as one that is twice as wide, by queries with zeros in the half
+        that is not theirs, so that values are read once.
+        """
+        sequence, group, part = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G, tl.program_id(1)
+        length, splits = tl.load(position) + 1, tl.num_programs(1)
+        share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
+        start = part * share
+        stop = tl.minimum(start + share, length)
+        row, key_column, column = tl.arange(0, ROWS), tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
+        head = (sequence * G + group) * QUERIES + row
+        own_half = (key_column // D)[None, :] == (row // (QUERIES // KEYS))[:, None]
+        q_mask = own_half & (row < QUERIES)[:, None]
+        query = tl.load(q + head[:, None] * D + (key_column % D)[None, :], mask=q_mask, other=0.0)  # (ROWS, KEY_WIDTH)
+        k += (sequence * S * G + group) * KEYS * D
+        v += (sequence * S * G + group) * DV
+        top = tl.full((ROWS,), -float("inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        values = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
+        for first in range(start, stop, BLOCK):
+            token = first + tl.arange(0, BLOCK)
+            k_mask = (token < stop)[None, :] & (key_column < KEYS * D)[:, None]
+            keys = tl.load(k + token[None, :] * (G * KEYS * D) + key_column[:, None], mask=k_mask, other=0.0)
+            scores = (tl.dot(query, keys) * scale).to(tl.float32)  # (ROWS, BLOCK)
+            scores = tl.where((token < stop)[None, :], scores, -float("inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            probabilities = tl.exp(scores - new_top[:, None])
+            v_mask = (token < stop)[:, None] & (column < DV)[None, :]
+            block = tl.load(v + token[:, None] * (G * DV) + column[None, :], mask=v_mask, other=0.0)
+            fade = tl.exp(top - new_top)
+            total = total * fade + tl.sum(probabilities, 1)
+            values = values * fade[:, None] + tl.dot(probabilities.to(block.dtype), block)
+            top = new_top
+        out = head * splits + part
+        tl.store(log_totals + out, top + tl.log(total), mask=row < QUERIES)  # -inf where a part is empty
+        mean = values / tl.where(total > 0, total, 1.0)[:, None]
+        out_mask = (row < QUERIES)[:, None] & (column < DV)[None, :]
+        tl.store(parts + out[:, None] * DV + column[None, :], mean, mask=out_mask)
+
+    @triton.jit
+    def _cross_entropy_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
+        """One program a row: one pass for the logarithm of the sum of exponentials, one for the gradient."""
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * V
+        target = tl.load(targets + row)
+        top, total, at_target = -float("inf"), 0.0, 0.0
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
+            new_top = tl.maximum(top, tl.max(x))
+            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top))
+            at_target += tl.sum(tl.where(column == target, x, 0.0))
+            top = new_top
+        log_total = top + tl.log(total)
+        learned = tl.where(target == -100, 0.0, 1.0)
+        known = (target == -100) | ((target >= 0) & (target < V))
+        tl.store(losses + row, tl.where(known, (log_total - at_target) * learned, float("nan")))
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + column, mask=column < V).to(tl.float32)
+            gradient = (tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)) * learned
+            tl.store(logits + column, gradient, mask=column < V)

@@ -57,7 +57,11 @@ class Speaker:
         self.encoding = get_tokenizer(checkpoint["data"].get("tokenizer"))
         self.ends = {self.encoding.encode_single_token(name) for name in ENDS}
         model = load_weights(GPT(self.config), checkpoint).to(self.device).freeze()
-        options = dict(temperature=settings.temperature, top_k=settings.top_k or None, top_p=settings.top_p)
+        options = dict(
+            temperature=settings.temperature,
+            top_k=settings.top_k or None,
+            top_p=settings.top_p if settings.top_p < 1 else None,
+        )
         self.decoder = Decoder(
             model, 1, self.config.block_size, settings.compile, n_vocab=self.encoding.n_vocab, **options
         )
@@ -66,9 +70,10 @@ class Speaker:
     def tokens(self, prompt, limit):
         """Yield at most `limit` ids with which the model continues a list of ids, up to an end token."""
         for token in self.decoder.stream(torch.tensor([prompt], device=self.device), limit):
-            if token.item() in self.ends:
+            number = token.item()
+            if number in self.ends:
                 return
-            yield token.item()
+            yield number
 
     def say(self, prompt, limit):
         """Print the continuation of a list of ids while it comes; return its text."""

@@ -18,7 +18,7 @@ from data import UserError, run_script
 from data.dataset import bucketed_epoch, collate, open_examples, prepared_directory, read_meta
 from data.tokenizer import IM_END, get_tokenizer
 from lora import apply_lora, load_lora, lora_state_dict, merge_lora
-from model import ATTENTION, GPT, Decoder, cuda_graph, linear_cross_entropy
+from model import ATTENTION, GPT, Decoder, cuda_graph, token_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------
 # Settings
@@ -84,14 +84,14 @@ def token_logps(model, idx, positions, targets):
     """Log-probabilities of `targets` (M,), the ids that follow `positions` (M,) of the flattened idx (B, T) -> (B, T)
     float32, zero at all other positions and where a target is -100. The head works at `positions` alone."""
     hidden = model.hidden(idx).flatten(0, 1).index_select(0, positions)  # (M, C)
-    logps = -linear_cross_entropy(hidden, model.lm_head.weight, targets)
+    logps = -token_cross_entropy(hidden, model.lm_head.weight, targets)
     return logps.new_zeros(idx.numel()).index_copy(0, positions, logps).view(idx.shape)
 
 
 def compile_exactly(model):
     """Compile a model's layers for batches of any shape. Each operation rounds to bf16 as it does uncompiled: DPO's
     policy and reference are different programs, and would otherwise differ a little where they should not."""
-    torch._dynamo.config.specialize_float = True  # else the scale of the adapters is computed, on the CPU
+    torch._dynamo.config.specialize_float = True  # else LoRA's scale is computed anew, on the CPU
     for layer in model.layers:  # which share a program; one for a whole model of many shapes would take minutes
         layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
@@ -106,6 +106,7 @@ class Graphs:
         self.recorded, self.pool = {}, torch.cuda.graph_pool_handle()
 
     def accumulate(self, *tensors):
+        """Add the gradients, and return the shares, which the next call overwrites."""
         if self.parameters[0].grad is None:  # the first micro-batch of a step
             torch._foreach_zero_(self.gradients)
             for parameter, gradient in zip(self.parameters, self.gradients):
@@ -144,10 +145,14 @@ class FineTuning(train.Run):
     loss_of(*tensors, scale)    where `scale` times a sum over the micro-batch is its share of the mean over the batch
     denominator(parts)          what that is a mean over, the number of answer tokens or of pairs in the micro-batches
     work(numbers)               the work in the examples with these numbers, in `unit`
+
+    On a GPU loss_of is recorded, once for every shape of its tensors: it may not look at a value (.item()), nor depend
+    on anything else that changes.
     """
 
     counted = "examples"
     rows_per_example = 1
+    graphs = None
     epoch = None  # the pass over the examples whose order make_batch keeps
 
     def __init__(self, settings, start, lora_dropout=0.0):
@@ -157,11 +162,11 @@ class FineTuning(train.Run):
         torch.manual_seed(settings.seed)
         self.model = self.float32_model = self.load_model(start, lora_dropout)
         if self.device.type == "cuda":
-            self.model = copy.deepcopy(self.model).narrow().to(self.device)
+            self.model = copy.deepcopy(self.model).cast_frozen().to(self.device)
         if train.wants_compile(settings.compile, self.device):
             compile_exactly(self.model)
             if self.device.type == "cuda":
-                self.accumulate = Graphs(self.loss_of, self.model.parameters()).accumulate
+                self.graphs = Graphs(self.loss_of, self.model.parameters())
         self.optimizer = train.make_optimizer(self.model, weight_decay=0.0)
         if settings.resume:
             self.restore(start)
@@ -213,6 +218,9 @@ class FineTuning(train.Run):
         parts = [collate(examples, numbers[i : i + size], self.config.block_size) for i in range(0, len(numbers), size)]
         scale = torch.tensor(1 / self.denominator(parts))  # a tensor, to travel with the others
         return [(*part, scale) for part in parts]
+
+    def accumulate(self, *tensors):
+        return self.graphs.accumulate(*tensors) if self.graphs else super().accumulate(*tensors)
 
     def logps(self, idx, positions, targets):
         with train.autocast(self.device):

@@ -1,8 +1,9 @@
-"""Benchmarks: `python -m bench.NAME` prints a table and writes it to out/bench/NAME.json; --smoke tries it in seconds.
+"""Benchmarks: `python -m bench.NAME` prints a table and writes it to out/bench/NAME.json; --smoke tries it anywhere.
 
-Times are medians of CUDA events over several calls after a warm-up, and of such medians over several runs.
+A time is the median over runs of the median over calls, after a warm-up: CUDA events on a GPU, the clock elsewhere.
 """
 
+import argparse
 import contextlib
 import gc
 import io
@@ -17,19 +18,37 @@ import torch
 
 import model
 import train
-from data import Parser
+from data import Parser, UserError
 from data.dataset import prefetch
 
+SMOKE = dict(calls=2, runs=1, warmup=1)  # for median_ms
 
-def parse_arguments(description, **flags):
-    """The arguments of a benchmark: `flags` maps each name to the keywords of add_argument."""
-    parser = Parser(description)
-    for name, keywords in flags.items():
-        parser.add_argument(f"--{name}", **keywords)
-    parser.add_argument("--smoke", action="store_true", help="small shapes and few calls, on any machine")
+
+def count(text):
+    """The type of a flag that is a positive whole number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)
+
+
+def parse_arguments(name, description, **flags):
+    """The arguments of bench.NAME, whose `flags` are {name: keywords of add_argument}, and its device."""
+    parser = Parser(description, prog=f"python -m bench.{name}")
+    for flag, keywords in flags.items():
+        if keywords.get("default") and "action" not in keywords:
+            keywords = {**keywords, "help": f"{keywords['help']} (default: %(default)s)"}
+        parser.add_argument(f"--{flag}", **keywords)
+    parser.add_argument("--smoke", action="store_true", help="small shapes in place of those asked for, few calls")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--out", default="out/bench", help="folder of the JSON file")
-    return parser.parse_args()
+    parser.add_argument("--out", default="out/bench", help="folder of the JSON file (default: %(default)s)")
+    arguments = parser.parse_args()
+    return arguments, train.choose_device(arguments.device)
+
+
+def batch_size(tokens, length):
+    if tokens % length:
+        raise UserError(f"--tokens {tokens} is not a multiple of --length {length}")
+    return tokens // length
 
 
 def model_config(attn, block_size, smoke):
@@ -62,28 +81,27 @@ def _timed_calls(work, device, calls):
     return [before.elapsed_time(after) for before, after in zip(marks, marks[1:])]
 
 
+def loop_ms(run, steps, log=None):
+    """Milliseconds a step of a loop like train.fit, whose batches another thread makes, with its log if given. The
+    first two of the steps, at least 3, are not counted."""
+    for step, (work, micro_batches) in enumerate(prefetch(run.make_batch, range(1, steps + 1), run.device), start=1):
+        if step == 3:
+            train.synchronize(run.device)
+            started = time.perf_counter()
+        measured = train.optimizer_step(run.optimizer, 1e-4, run.accumulate, micro_batches)
+        if log:
+            log.rows.append(dict(step=step, lr=1e-4, work=work, **measured))
+            if step % run.settings.log_interval == 0:
+                log.flush()
+    train.synchronize(run.device)
+    return 1000 * (time.perf_counter() - started) / (steps - 2)
+
+
 @contextlib.contextmanager
 def quiet():
     """Keep what is printed off the screen."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-def loop_ms(run, steps, log=None):
-    """Milliseconds a step of a loop like train.fit, whose batches another thread makes, and with its log if given."""
-    batches = prefetch(run.make_batch, range(1, steps + 1), run.device)
-    with quiet():
-        for step, (work, micro_batches) in enumerate(batches, start=1):
-            if step == 3:  # the first two have the queue to fill
-                train.synchronize(run.device)
-                started = time.perf_counter()
-            measured = train.optimizer_step(run.optimizer, 1e-4, run.accumulate, micro_batches)
-            if log:
-                log.rows.append(dict(step=step, lr=1e-4, work=work, **measured))
-                if step % run.settings.log_interval == 0:
-                    log.flush()
-        train.synchronize(run.device)
-    return 1000 * (time.perf_counter() - started) / (steps - 2)
 
 
 def fresh_memory(device):
@@ -96,8 +114,8 @@ def fresh_memory(device):
 
 
 def peak_gib(device):
-    """The most GPU memory that tensors took since fresh_memory, in GiB; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    """The most GPU memory that tensors took since fresh_memory, in GiB; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def environment(device):
@@ -112,32 +130,29 @@ def environment(device):
 
 
 class Table:
-    """Rows of {column: value}, printed as Markdown while they come, and written to a JSON file at the end."""
+    """Rows of {column: value}, printed as Markdown while they come, and kept in a JSON file."""
 
     def __init__(self, name, arguments, device):
-        self.path, self.rows, self.about = Path(arguments.out) / f"{name}.json", [], environment(device)
-        print("  ".join(f"{key}={value}" for key, value in self.about.items()) + "\n")
+        self.path = Path(arguments.out) / f"{name}{'-smoke' if arguments.smoke else ''}.json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows, self.about = [], environment(device)
+        print("  ".join(f"{key}={value}" for key, value in self.about.items()))
+        print(f"written to {self.path}:\n")
 
-    def add(self, **row):
+    def add(self, labels, measure, *arguments):
+        """A row of `labels` and what measure(*arguments) returns; "out of memory" if it runs out of it."""
+        try:
+            row = labels | measure(*arguments)
+        except torch.OutOfMemoryError:
+            row = labels | {"note": "out of memory"}
         if not self.rows:
             print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
-        print("| " + " | ".join(_short(value) for value in row.values()) + " |", flush=True)
+        print("| " + " | ".join(map(_short, row.values())) + " |", flush=True)
         self.rows.append(row)
-
-    def note(self, text):
-        print(f"({text})", flush=True)
-
-    def write(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.about | {"rows": self.rows}, indent=1) + "\n")
-        print(f"\nwritten to {self.path}")
 
 
 def _short(value):
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float) and abs(value) < 1000
-        else f"{value:,.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"

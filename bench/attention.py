@@ -4,24 +4,25 @@ python -m bench.attention                          # every implementation at 204
 python -m bench.attention --length 4096 --impl sdpa naive
 """
 
+import itertools
+
 import torch
 
-import train
-from bench import Table, fresh_memory, median_ms, model_config, parse_arguments, peak_gib
-from data import run_script
+from bench import SMOKE, Table, batch_size, count, fresh_memory, median_ms, model_config, parse_arguments, peak_gib
+from data import UserError, run_script
 from model import ATTENTION, ATTENTION_IMPLS, attention, flash_attn_func
 
 FLAGS = dict(
     attn=dict(nargs="+", default=list(ATTENTION), choices=list(ATTENTION), help="kinds of attention"),
     impl=dict(nargs="+", default=["sdpa", "flash_attn", "naive"], choices=ATTENTION_IMPLS, help="implementations"),
-    length=dict(nargs="+", type=int, default=[2048, 8192, 32768], help="context lengths"),
-    tokens=dict(type=int, default=65536, help="tokens in all"),
+    length=dict(nargs="+", type=count, default=[2048, 8192, 32768], help="context lengths"),
+    tokens=dict(type=count, default=65536, help="tokens in all; the batch is tokens / length"),
 )
 
 
-def inputs(attn, length, tokens, smoke, device):
-    """Random q, k and v of one layer, (B, T, heads, width) each."""
-    config = model_config(attn, length, smoke)
+def random_qkv(attn, length, arguments, device):
+    """q, k and v of one layer, (B, T, heads, width) each."""
+    config = model_config(attn, length, arguments.smoke)
     kind, D = ATTENTION[attn], config.head_dim
     heads = (
         (kind.q_per_head * config.n_head, D),
@@ -29,16 +30,16 @@ def inputs(attn, length, tokens, smoke, device):
         (config.n_kv_head // kind.value_width, kind.value_width * D),
     )
     options = dict(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, requires_grad=True)
-    return [torch.randn(tokens // length, length, n, width, **options) for n, width in heads]
+    B = batch_size(arguments.tokens, length)
+    return [torch.randn(B, length, n, width, **options) for n, width in heads]
 
 
 def measure(attn, impl, length, arguments, device):
-    """Milliseconds forward, milliseconds backward, TFLOP/s of both together, peak memory in GiB."""
     fresh_memory(device)
-    q, k, v = inputs(attn, length, arguments.tokens, arguments.smoke, device)
-    few = dict(calls=2, runs=1, warmup=1) if arguments.smoke else {}
+    q, k, v = random_qkv(attn, length, arguments, device)
+    few = SMOKE if arguments.smoke else {}
     with torch.no_grad():
-        forward = median_ms(lambda: attention(q, k, v, causal=True, impl=impl), device, **few)
+        forward_ms = median_ms(lambda: attention(q, k, v, causal=True, impl=impl), device, **few)
     y = attention(q, k, v, causal=True, impl=impl)
     upstream = torch.randn_like(y)
 
@@ -46,28 +47,25 @@ def measure(attn, impl, length, arguments, device):
         torch.autograd.grad(y, (q, k, v), upstream, retain_graph=True)
 
     backward_ms = median_ms(backward, device, **few)
-    # A backward pass has five products where the forward pass has two; causal maps are half empty.
-    products = 2 * arguments.tokens * length / 2 * q.size(2) * (q.size(3) + v.size(3))
-    tflops = 3.5 * products / (forward + backward_ms) / 1e9
-    return dict(forward_ms=forward, backward_ms=backward_ms, tflops=tflops, peak_gib=peak_gib(device))
+    # Products of width D: scores, and in the backward pass again, dq, dk; of width Dv: values, dv, the maps' gradient.
+    width = 4 * q.size(3) + 3 * v.size(3)
+    flops = 2 * arguments.tokens * length / 2 * q.size(2) * width  # causal maps are half empty
+    tflops = flops / (forward_ms + backward_ms) / 1e9
+    return dict(forward_ms=forward_ms, backward_ms=backward_ms, tflops=tflops, peak_gib=peak_gib(device))
 
 
 def main():
-    arguments = parse_arguments(__doc__, **FLAGS)
-    device = train.choose_device(arguments.device)
+    arguments, device = parse_arguments("attention", __doc__, **FLAGS)
     if arguments.smoke:
         arguments.tokens, arguments.length = 256, [64, 128]
     if flash_attn_func is None or device.type != "cuda":
+        print("flash_attn needs its package and a GPU: left out")
         arguments.impl = [impl for impl in arguments.impl if impl != "flash_attn"]
+    if not arguments.impl:
+        raise UserError("no implementation is left to measure")
     table = Table("attention", arguments, device)
-    for length in arguments.length:
-        for attn in arguments.attn:
-            for impl in arguments.impl:
-                try:
-                    table.add(attn=attn, impl=impl, T=length, **measure(attn, impl, length, arguments, device))
-                except torch.OutOfMemoryError:
-                    table.note(f"{attn}, {impl}, {length} tokens: out of memory")
-    table.write()
+    for length, attn, impl in itertools.product(arguments.length, arguments.attn, arguments.impl):
+        table.add(dict(attn=attn, impl=impl, T=length), measure, attn, impl, length, arguments, device)
 
 
 if __name__ == "__main__":

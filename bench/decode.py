@@ -3,37 +3,44 @@
 python -m bench.decode                         # prompt 128 and 256 new tokens; contexts of 2048 and 32768
 python -m bench.decode --batch 1 --context 2048
 
-The first rows are whole answers, prompt included. In the others a cache that is full but for a few tokens is read, the
-numbers in which are random.
+The first rows are whole answers, prompt included. The others decode at the end of a nearly full cache of random
+numbers. The likeliest token is taken each time, and left on the GPU.
 """
 
-import functools
 import itertools
 
 import torch
 
 import train
-from bench import Table, fresh_memory, median_ms, model_config, parse_arguments, peak_gib
-from data import run_script
+from bench import SMOKE, Table, count, fresh_memory, median_ms, model_config, parse_arguments, peak_gib
+from data import UserError, run_script
 from model import ATTENTION, GPT, Decoder
 
 FLAGS = dict(
     attn=dict(nargs="+", default=list(ATTENTION), choices=list(ATTENTION), help="kinds of attention"),
-    batch=dict(nargs="+", type=int, default=[1, 64], help="sequences at a time"),
-    context=dict(nargs="*", type=int, default=[2048, 32768], help="tokens before the new one"),
-    compile=dict(default="auto", choices=("auto", "on", "off"), help="torch.compile"),
+    batch=dict(nargs="+", type=count, default=[1, 64], help="sequences at a time"),
+    context=dict(nargs="*", type=count, default=[2048, 32768], help="sizes of the cache; none: whole answers only"),
+    compile=dict(default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: with a GPU"),
 )
+
+PROMPT, NEW = 128, 256  # tokens of a whole answer
+STEPS = 32  # timed together at the end of a context
 
 
 def make_decoder(attn, batch, length, arguments, device):
-    config = model_config(attn, length, arguments.smoke)
+    fresh_memory(device)
     compiling = train.wants_compile(arguments.compile, device)
-    return Decoder(GPT(config).to(device).freeze(), batch, length, compiling, temperature=0)
+    model = GPT(model_config(attn, length, arguments.smoke)).to(device).freeze()
+    return Decoder(model, batch, length, compiling, temperature=0)
 
 
-def measure_answers(decoder, device, few, prompt, new):
-    """Tokens a second of whole answers, the likeliest token each time."""
+def figures(tokens, ms, decoder, device):
     batch = len(decoder.token)
+    return dict(tokens_per_s=1000 * batch * tokens / ms, ms_per_token=ms / tokens, peak_gib=peak_gib(device))
+
+
+def measure_answers(attn, batch, prompt, new, arguments, device):
+    decoder = make_decoder(attn, batch, prompt + new, arguments, device)
     idx = torch.randint(256, (batch, prompt), device=device)
 
     def answer():
@@ -41,41 +48,37 @@ def measure_answers(decoder, device, few, prompt, new):
         for _ in range(new - 1):
             decoder.step()
 
-    return 1000 * batch * new / median_ms(answer, device, **few)
+    return figures(new, median_ms(answer, device, **(SMOKE if arguments.smoke else dict(calls=3))), decoder, device)
 
 
-def measure_context(decoder, device, few):
-    """Tokens a second where the room is nearly full."""
+def measure_context(attn, batch, context, arguments, device):
+    decoder = make_decoder(attn, batch, context, arguments, device)
     for tensor in itertools.chain(*decoder.cache.layers):
         tensor.normal_()
 
     def steps():
-        decoder.position.fill_(decoder.length - 40)
-        for _ in range(32):
+        decoder.used = context - STEPS
+        decoder.position.fill_(decoder.used)
+        for _ in range(STEPS):
             decoder.step()
 
-    return 1000 * len(decoder.token) * 32 / median_ms(steps, device, **few)
+    return figures(STEPS, median_ms(steps, device, **(SMOKE if arguments.smoke else dict(calls=3))), decoder, device)
 
 
 def main():
-    arguments = parse_arguments(__doc__, **FLAGS)
-    device = train.choose_device(arguments.device)
-    prompt, new, few = 128, 256, dict(calls=3)
+    arguments, device = parse_arguments("decode", __doc__, **FLAGS)
+    prompt, new = (8, 8) if arguments.smoke else (PROMPT, NEW)
     if arguments.smoke:
-        prompt, new, few = 8, 8, dict(calls=1, runs=1, warmup=1)
-        arguments.batch, arguments.context = [1, 2], [64]
+        arguments.batch, arguments.context = [2], [64]
+    if too_short := [context for context in arguments.context if context < STEPS]:
+        raise UserError(f"--context {too_short[0]} is shorter than the {STEPS} tokens that are timed")
     table = Table("decode", arguments, device)
-    for context, batch, attn in itertools.product([0, *arguments.context], arguments.batch, arguments.attn):
-        fresh_memory(device)
-        decoder = make_decoder(attn, batch, context or prompt + new, arguments, device)
-        measure = measure_context if context else functools.partial(measure_answers, prompt=prompt, new=new)
-        speed = measure(decoder, device, few)
-        table.add(
-            attn=attn, batch=batch, context=context or f"{prompt} + {new}", tokens_per_s=speed,
-            ms_per_token=1000 * batch / speed, peak_gib=peak_gib(device),
-        )  # fmt: skip
-        del decoder
-    table.write()
+    for batch, attn in itertools.product(arguments.batch, arguments.attn):
+        labels = dict(attn=attn, batch=batch, context=f"{prompt} + {new}")
+        table.add(labels, measure_answers, attn, batch, prompt, new, arguments, device)
+    for context, batch, attn in itertools.product(arguments.context, arguments.batch, arguments.attn):
+        labels = dict(attn=attn, batch=batch, context=context)
+        table.add(labels, measure_context, attn, batch, context, arguments, device)
 
 
 if __name__ == "__main__":

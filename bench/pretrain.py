@@ -4,32 +4,47 @@ python -m bench.pretrain                                  # the three attentions
 python -m bench.pretrain --attn v2 --length 2048 --profile 30
 python -m bench.pretrain --attn v2 --length 2048 --loop   # what loading, logging and validation add
 
-All tokens of a step are in memory at once. loop_ms is a step of the training loop, whose batches come from a file.
+All tokens of a step are in memory at once.
 """
 
 import dataclasses
 import functools
+import itertools
+import statistics
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import train
-from bench import Table, fresh_memory, loop_ms, median_ms, model_config, parse_arguments, peak_gib, quiet
-from data import run_script
+from bench import (
+    SMOKE,
+    Table,
+    batch_size,
+    count,
+    fresh_memory,
+    loop_ms,
+    median_ms,
+    model_config,
+    parse_arguments,
+    peak_gib,
+    quiet,
+)
+from data import UserError, run_script
 from data.dataset import write_dataset
 from model import ATTENTION, ATTENTION_IMPLS, GPT
 
 FLAGS = dict(
     attn=dict(nargs="+", default=list(ATTENTION), choices=list(ATTENTION), help="kinds of attention"),
-    length=dict(nargs="+", type=int, default=[2048, 8192, 32768], help="context lengths"),
-    tokens=dict(type=int, default=65536, help="tokens a step"),
+    length=dict(nargs="+", type=count, default=[2048, 8192, 32768], help="context lengths"),
+    tokens=dict(type=count, default=65536, help="tokens a step; the batch is tokens / length"),
     attn_impl=dict(default="auto", choices=ATTENTION_IMPLS, help="attention kernel"),
-    compile=dict(default="auto", choices=("auto", "on", "off"), help="torch.compile"),
-    profile=dict(type=int, default=0, help="print the kernels of a step that take longest, so many"),
-    loop=dict(action="store_true", help="measure train.py's loop too"),
+    compile=dict(default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: with a GPU"),
+    profile=dict(type=count, metavar="N", help="list the N kernels that take most of a step"),
+    loop=dict(action="store_true", help="time train.py's own loop too: loading, logging, validation"),
 )
 
 
@@ -40,7 +55,7 @@ def training_step(arguments, attn, length, device):
     model = GPT(config).to(device)
     compiled = train.compile_model(model) if train.wants_compile(arguments.compile, device) else model
     optimizer = train.make_optimizer(model, weight_decay=0.1)
-    tokens = torch.randint(256, (arguments.tokens // length, length + 1), device=device)
+    tokens = torch.randint(256, (batch_size(arguments.tokens, length), length + 1), device=device)
 
     def loss_of(inputs, targets):
         with train.autocast(device):
@@ -51,15 +66,19 @@ def training_step(arguments, attn, length, device):
     return lambda: train.optimizer_step(optimizer, 1e-4, accumulate, batch), model
 
 
-def measure(arguments, attn, length, device):
+def measure(attn, length, arguments, device):
     fresh_memory(device)
     step, model = training_step(arguments, attn, length, device)
-    ms = median_ms(step, device, **(dict(calls=2, runs=1, warmup=1) if arguments.smoke else {}))
+    ms = median_ms(step, device, **(SMOKE if arguments.smoke else {}))
     speed, peak = 1000 * arguments.tokens / ms, train.peak_flops(device)
+    mfu = speed * model.flops_per_token() / peak if peak else None
+    figures = dict(step_ms=ms, tokens_per_s=speed, mfu=mfu, peak_gib=peak_gib(device))
     if arguments.profile:
         print_kernels(step, arguments.profile)
-    mfu = speed * model.flops_per_token() / peak if peak else 0.0
-    return dict(ms=ms, tokens_per_s=speed, mfu=mfu, peak_gib=peak_gib(device))
+    if arguments.loop:
+        del step, model
+        figures |= measure_loop(attn, length, arguments, device)
+    return figures
 
 
 def print_kernels(step, count):
@@ -71,41 +90,46 @@ def print_kernels(step, count):
         print(f"    {kernel.self_device_time_total / 1000:7.2f} ms in {kernel.count:4d} calls of {kernel.key[:110]}")
 
 
-def measure_loop(arguments, attn, length, device):
-    """Milliseconds a step of train.py's loop, without and with its log, and the time that validation adds to that."""
+class RandomPretraining(train.Pretraining):
+    """A model of the usual vocabulary on random bytes."""
+
+    def load_data(self):
+        super().load_data()
+        if self.settings.preset == "ldiff":
+            self.encoding = SimpleNamespace(n_vocab=50257)
+
+
+def measure_loop(attn, length, arguments, device):
+    """Milliseconds a step of train.py's loop, without and with its log, and the share of time that validation adds."""
     fresh_memory(device)
-    text = "".join(map(chr, np.random.default_rng(1).integers(97, 123, size=50 * length)))
+    preset, B = "tiny" if arguments.smoke else "ldiff", batch_size(arguments.tokens, length)
+    text = "".join(map(chr, np.random.default_rng(1).integers(97, 123, size=70 * length)))
     with tempfile.TemporaryDirectory() as folder, quiet():
         write_dataset(Path(folder) / "random", {"train": [text], "val": [text]}, "bytes", "random")
-        size = arguments.tokens // length
-        shape = {**train.PRESETS["tiny" if arguments.smoke else "ldiff"], "attn": attn, "block_size": length}
-        shape |= train.SHAPES["tiny" if arguments.smoke else "ldiff", attn]
-        settings = train.Settings(
-            **{**shape, "batch_size": size, "micro_batch_size": size, "dataset": f"{folder}/random"},
-            out_dir=folder, device=arguments.device, compile=arguments.compile,
-        )  # fmt: skip
-        run = train.Pretraining(settings)
-        steps = 6 if arguments.smoke else 60
-        loop_ms(run, 4)  # compiles
-        plain = loop_ms(run, steps)
-        log = train.Log(run)
+        shape = {**train.PRESETS[preset], **train.SHAPES[preset, attn], "attn": attn, "block_size": length}
+        own = dict(preset=preset, dataset=f"{folder}/random", out_dir=folder, batch_size=B, micro_batch_size=B)
+        own |= dict(device=arguments.device, compile=arguments.compile, attn_impl=arguments.attn_impl)
+        run = RandomPretraining(train.Settings(**{**shape, **own}))
+        log, steps, runs = train.Log(run), *((4, 1) if arguments.smoke else (22, 3))
         log.open(0)
-        logged = loop_ms(run, steps, log)
+        loop_ms(run, 3)  # compiles
+        plain = statistics.median(loop_ms(run, steps) for _ in range(runs))
+        logged = statistics.median(loop_ms(run, steps, log) for _ in range(runs))
         validation = median_ms(run.evaluate, device, calls=2, runs=1, warmup=1)
-    return dict(loop_ms=plain, logged_ms=logged, validation=validation / (settings.eval_interval * logged))
+    share = validation / (run.settings.eval_interval * logged)
+    return dict(loop_ms=plain, logged_ms=logged, validation_share=share)
 
 
 def main():
-    arguments = parse_arguments(__doc__, **FLAGS)
-    device = train.choose_device(arguments.device)
+    arguments, device = parse_arguments("pretrain", __doc__, **FLAGS)
+    if arguments.profile and device.type != "cuda":
+        raise UserError("--profile lists the kernels of a GPU, and the device is a CPU")
     if arguments.smoke:
-        arguments.tokens, arguments.length, arguments.loop = 256, [64, 128], True
+        arguments.tokens, arguments.length, arguments.loop = 256, [64], True
     table = Table("pretrain", arguments, device)
-    for length in arguments.length:
-        for attn in arguments.attn:
-            row = dict(attn=attn, T=length, B=arguments.tokens // length, **measure(arguments, attn, length, device))
-            table.add(**row, **(measure_loop(arguments, attn, length, device) if arguments.loop else {}))
-    table.write()
+    for length, attn in itertools.product(arguments.length, arguments.attn):
+        labels = dict(attn=attn, T=length, B=batch_size(arguments.tokens, length))
+        table.add(labels, measure, attn, length, arguments, device)
 
 
 if __name__ == "__main__":

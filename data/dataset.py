@@ -428,8 +428,8 @@ def collate(examples, numbers, block_size):
 
     Rows are padded at the right. That needs no mask: attention is causal, so no real token sees the padding behind it,
     and what the padding itself computes is not asked for. `positions`, in the flattened idx, are those whose next id is
-    to be learned, and `targets` those ids; filled up to one of 4 sizes with other positions, whose targets are -100.
-    With two rows an example, the first rows of all come first.
+    to be learned, and `targets` those ids; filled up with other positions, whose targets are -100, to one of 4 sizes,
+    since a CUDA graph is recorded for each. With two rows an example, the first rows of all come first.
     """
     rows = np.concatenate([numbers * examples.group + place for place in range(examples.group)])
     lengths = examples.offsets[rows + 1] - examples.offsets[rows]

@@ -119,8 +119,8 @@ def test_gradients_are_clipped():
     before = layer.weight.detach().clone()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     batch = (torch.full((2, 4), 100.0),)
-    loss_of = partial(train.accumulate, lambda x: {"loss": layer(x).mean()})
-    measured = train.optimizer_step(optimizer, 1.0, loss_of, [batch])
+    accumulate = partial(train.accumulate, lambda x: {"loss": layer(x).mean()})
+    measured = train.optimizer_step(optimizer, 1.0, accumulate, [batch])
     assert measured["grad_norm"].item() == pytest.approx(200.0)
     assert (layer.weight - before).norm().item() == pytest.approx(1.0, rel=1e-4)
 
