@@ -35,14 +35,22 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        return self.adapt(self.base(x), x)
+        return self.adapt([self.base(x)], [self], x)[0]
 
-    def adapt(self, y, x):
-        """What the layer makes of x, of which y is the base's part."""
-        if not self.enabled:
-            return y
-        low_rank = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., rank)
-        return y + self.scaling * F.linear(low_rank, self.lora_B.to(x.dtype))
+    @staticmethod
+    def adapt(outputs, layers, x):
+        """Add to what several layers' bases make of x (..., in) what their adapters do, where there is one that is on.
+        All their A are one product: x is read once and gets one gradient."""
+        on = [layer for layer in layers if isinstance(layer, LoRALinear) and layer.enabled]
+        if not on:
+            return outputs
+        A = torch.cat([layer.lora_A for layer in on]).to(x.dtype)  # (sum of ranks, in)
+        low_rank = F.linear(F.dropout(x, on[0].dropout, on[0].training), A)  # (..., sum of ranks)
+        parts = dict(zip(on, low_rank.split([len(layer.lora_A) for layer in on], dim=-1)))
+        return [y + layer.scale_up(parts[layer]) if layer in parts else y for y, layer in zip(outputs, layers)]
+
+    def scale_up(self, low_rank):
+        return self.scaling * F.linear(low_rank, self.lora_B.to(low_rank.dtype))
 
     @torch.no_grad()
     def merged(self):

@@ -201,22 +201,24 @@ class JointProjections(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_parameter(
-            "joint", None
-        )  # the weights of `projections()` side by side, in place of them, if frozen
+        self.register_parameter("joint", None)  # once frozen, all weights of `projections()` in place of each
 
     def project(self, x):
-        """x (..., in) -> what each layer makes of it. Layers with a `base`, LoRA's, add to what that makes."""
+        """x (..., in) -> what each layer makes of it. LoRA's layers, which have a `base`, add to what that makes."""
         layers = self.projections()
+        bases = [getattr(layer, "base", layer) for layer in layers]
+        outputs = self.base_outputs(x, bases)
+        adapted = [layer for layer in layers if layer not in bases]
+        return adapted[0].adapt(outputs, layers, x) if adapted else outputs
+
+    def base_outputs(self, x, layers):
         if self.joint is None and not self.join_to_train:
             return [layer(x) for layer in layers]
-        bases = [getattr(layer, "base", layer) for layer in layers]
-        weight = self.joint_weight(bases) if self.joint is None else self.joint
-        sizes = [base.out_features for base in bases]
+        weight = self.joint_weight(layers) if self.joint is None else self.joint
+        sizes = [layer.out_features for layer in layers]
         if missing := len(weight) - sum(sizes):
             sizes.append(missing)
-        pieces = F.linear(x, weight).split(sizes, dim=-1)
-        return [y if layer is base else layer.adapt(y, x) for y, layer, base in zip(pieces, layers, bases)]
+        return F.linear(x, weight).split(sizes, dim=-1)[: len(layers)]
 
     def joint_weight(self, layers):
         weight = torch.cat([layer.weight for layer in layers])

@@ -113,7 +113,7 @@ def test_log_probabilities_of_sequences(home, attn):
 
 
 def test_log_probabilities_are_float32_sums():
-    model = tiny_model().bfloat16()
+    model = tiny_model().bfloat16().requires_grad_(False)
     idx, positions, targets = torch.zeros(2, 8, dtype=torch.long), torch.tensor([3]), torch.tensor([1])
     logps = sft.token_logps(model, idx, positions, targets)
     assert logps.dtype == torch.float32 and (logps != 0).nonzero().tolist() == [[0, 3]]
