@@ -645,7 +645,7 @@ class Decoder:
     """Continues texts: reads what there is, then produces token by token, as a CUDA graph on a GPU with Triton.
 
     It has room for `batch_size` texts of `length` tokens. n_vocab keeps the ids below it, since the rest are padding;
-    sample_token explains temperature, top_k and top_p. compile=True takes a minute or so, then runs faster.
+    sample_token explains temperature, top_k and top_p. compile=True takes a while at first, then runs faster.
     """
 
     def __init__(self, model, batch_size, length, compile=False, n_vocab=None, **options):

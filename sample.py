@@ -36,7 +36,7 @@ class Settings:
     seed: int = flag(1, "of the random choices", least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     attn_impl: str = flag("auto", "attention kernel", choices=ATTENTION_IMPLS)
-    compile: bool = flag(False, "compile the model first, which takes a minute; then text comes faster")
+    compile: bool = flag(False, "compile the model first, which takes a while; then text comes faster")
 
 
 def furthest_checkpoint():
