@@ -715,18 +715,19 @@ class Decoder:
 def cuda_graph(work, pool=None):
     """Record what work() does on the GPU, and return a function that does it again with a single launch. work() is
     called three times; it has to find its inputs and leave its results at the same places each time."""
-    stream, random = torch.cuda.Stream(), torch.cuda.get_rng_state()
+    stream, graph, random = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.get_rng_state()
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a graph may not use weights that autocast has cast before
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles and plans what must not happen while recording
+    try:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles and plans what must not happen while recording
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use the GPU
             work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use the GPU
-        work()
-    torch.set_autocast_cache_enabled(caching)
+    finally:
+        torch.set_autocast_cache_enabled(caching)
     torch.cuda.set_rng_state(random)  # as if nothing had been drawn yet
     return graph.replay
 

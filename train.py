@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 import torch.nn as nn
 
 from data import Parser, UserError, run_script

@@ -125,6 +125,22 @@ def test_gradients_are_clipped():
     assert (layer.weight - before).norm().item() == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("attn", ATTENTION)
+def test_a_compiled_model_has_the_same_loss_and_gradients(attn, monkeypatch):
+    """Without code generation, for which not every machine has a compiler; whole, so that a graph break is an error."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    torch._dynamo.reset()
+    shape = dict(block_size=16, n_layer=2, n_embd=32, n_head=2, n_kv_head=2, head_dim=16, n_inner=48, vocab_size=64)
+    model, idx = GPT(GPTConfig(attn=attn, **shape)), torch.randint(64, (2, 16))
+    compiled, gradients = train.compile_model(model), []
+    for module in (model, compiled):
+        module(idx, idx)[1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch._dynamo.reset()
+
+
 def test_peak_of_the_gpu_by_its_name(monkeypatch):
     for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA RTX A6000", 155e12),
                        ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A10G", 70e12), ("NVIDIA RTX A4000", None),
