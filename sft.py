@@ -97,8 +97,8 @@ def compile_exactly(model):
 
 
 class Graphs:
-    """train.accumulate as CUDA graphs, one for every shape of a micro-batch: a step on a few thousand tokens has over two
-    thousand kernels, which take longer to launch one by one than to run."""
+    """train.accumulate as CUDA graphs, one for every shape of a micro-batch: a step on a few thousand tokens has more
+    than two thousand kernels, which take longer to launch one by one than to run."""
 
     def __init__(self, loss_of, parameters):
         self.loss_of, self.parameters = loss_of, [p for p in parameters if p.requires_grad]
@@ -146,8 +146,8 @@ class FineTuning(train.Run):
     denominator(parts)          what that is a mean over, the number of answer tokens or of pairs in the micro-batches
     work(numbers)               the work in the examples with these numbers, in `unit`
 
-    Compiled on a GPU, loss_of is recorded, once for every shape of its tensors: it may not look at a value (.item()), nor depend
-    on anything else that changes.
+    Compiled on a GPU, loss_of is recorded, once for every shape of its tensors: it may not look at a value (.item()),
+    nor depend on anything else that changes.
     """
 
     counted = "examples"
