@@ -456,7 +456,7 @@ def cross_entropy_(logits, targets):
     if triton is None or not logits.is_cuda or logits.dtype == torch.float64:
         return _cross_entropy_torch(logits, targets)
     losses = torch.empty(len(logits), device=logits.device)
-    _cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, logits.size(1), BLOCK=2048, num_warps=4)
+    _cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, logits.size(1), BLOCK=4096, num_warps=16)
     return losses
 
 
@@ -656,9 +656,12 @@ class Decoder:
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # the latest, not in the cache yet
         self.used, self.position = 0, torch.zeros(1, dtype=torch.int64, device=device)  # where it will be, twice
         self.cache = KVCache(model.config, batch_size, length, model.embed(self.token).dtype, device)
-        # The option is for products of a single row, which become kernels that take in what comes before and after.
-        fast = dict(dynamic=False, options={"coordinate_descent_tuning": True})
-        self.hidden = torch.compile(model.hidden, **fast) if compile else model.hidden
+        self.hidden = model.hidden
+        if compile:
+            for layer in model.layers:  # to read prompts of any length; they share a program
+                layer.compile(dynamic=True)
+            # The option is for products of a single row, which become kernels that take in what comes before and after.
+            self.hidden = torch.compile(model.hidden, dynamic=False, options={"coordinate_descent_tuning": True})
         self.replay = None
 
     @torch.no_grad()
@@ -812,20 +815,24 @@ if triton:
         row = tl.program_id(0).to(tl.int64)
         logits += row * V
         target = tl.load(targets + row)
-        top, total, at_target = -float("inf"), 0.0, 0.0
+        learned = tl.where(target == -100, 0.0, 1.0)
+        inside = (target >= 0) & (target < V)
+        at_target = tl.load(logits + target, mask=inside, other=0.0).to(tl.float32)
+        top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)  # of every lane; no inf - inf
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
-            new_top = tl.maximum(top, tl.max(x))
-            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top))
-            at_target += tl.sum(tl.where(column == target, x, 0.0))
+            # The row is to be in the cache still when the second pass comes.
+            x = tl.load(logits + column, mask=column < V, other=-float("inf"), eviction_policy="evict_last")
+            x = x.to(tl.float32)
+            new_top = tl.maximum(top, x)
+            total = total * tl.exp(top - new_top) + tl.exp(x - new_top)
             top = new_top
-        log_total = top + tl.log(total)
-        learned = tl.where(target == -100, 0.0, 1.0)
-        known = (target == -100) | ((target >= 0) & (target < V))
+        highest = tl.max(top)
+        log_total = highest + tl.log(tl.sum(total * tl.exp(top - highest)))
+        known = inside | (target == -100)
         tl.store(losses + row, tl.where(known, (log_total - at_target) * learned, float("nan")))
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + column, mask=column < V).to(tl.float32)
+            x = tl.load(logits + column, mask=column < V, eviction_policy="evict_first").to(tl.float32)
             gradient = (tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)) * learned
-            tl.store(logits + column, gradient, mask=column < V)
+            tl.store(logits + column, gradient, mask=column < V, eviction_policy="evict_first")
