@@ -455,8 +455,9 @@ def cross_entropy_(logits, targets):
     """The cross-entropy of each row of logits (M, V), which is overwritten with its gradient."""
     if triton is None or not logits.is_cuda or logits.dtype == torch.float64:
         return _cross_entropy_torch(logits, targets)
-    losses = torch.empty(len(logits), device=logits.device)
-    _cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, logits.size(1), BLOCK=4096, num_warps=16)
+    M, V = logits.shape
+    losses = torch.empty(M, device=logits.device)
+    _cross_entropy_kernel[(M,)](logits, targets.contiguous(), losses, V, BLOCK=4096, num_warps=16)
     return losses
 
 
