@@ -24,10 +24,9 @@ try:
 except ImportError:  # optional; `auto` never needs it
     flash_attn_func = None
 try:
-    import triton
-    import triton.language as tl
-except ImportError:  # it comes with PyTorch for CUDA
-    triton = None
+    import kernels
+except ImportError:  # they need Triton, which comes with PyTorch for CUDA
+    kernels = None
 
 HALF = (torch.bfloat16, torch.float16)  # what fused kernels on CUDA take
 ATTENTION_IMPLS = ("auto", "flash_attn", "sdpa", "naive")
@@ -106,10 +105,20 @@ def resolve_impl(impl, q):
 
 def has_cudnn_attention(q):
     """True where PyTorch prefers cuDNN's attention: half precision on the data-centre chips Hopper and Blackwell."""
-    if not q.is_cuda or q.dtype not in HALF or q.size(-1) % 8:
+    return q.is_cuda and q.dtype in HALF and q.size(-1) % 8 == 0 and gpu_generation(q.device) in ((9, 0), (10, 0))
+
+
+def gpu_generation(device):
+    """NVIDIA's compute capability: (9, 0) is Hopper."""
+    gpu = torch.cuda.get_device_properties(device)
+    return gpu.major, gpu.minor
+
+
+def has_difference_kernel(q, v, impl):
+    """True where one kernel for both maps beats attention() and a subtraction: on Hopper, as far as it was measured."""
+    if kernels is None or impl != "auto" or not q.is_cuda or q.dtype not in HALF or q.size(1) > 8192:
         return False
-    gpu = torch.cuda.get_device_properties(q.device)
-    return (gpu.major, gpu.minor) in ((9, 0), (10, 0))
+    return gpu_generation(q.device) == (9, 0) and {q.size(-1), v.size(-1)} <= {16, 32, 64, 128}
 
 
 def _flash_attn(q, k, v, softmax_scale, causal):
@@ -271,14 +280,30 @@ class Attention(JointProjections):
         return self.o_proj(y.flatten(2))
 
 
-class DiffAttnV1(Attention):
+class DiffAttention(Attention):
+    """What V1 and V2 share. Heads 2i and 2i + 1 of q make the two maps of pair i, which read the same value head."""
+
+    def subtract(self, q, k, v, lam, cache):
+        """A1 V - lam A2 V, with lam broadcast to (B, T, pair) -> (B, T, pair, Dv)."""
+        if cache is None and has_difference_kernel(q, v, self.impl):
+            return kernels.differential_attention(q, k, v, lam)
+        # Kernels give neighbouring query heads the same key head, so the queries that use map 1 of a group come first.
+        n_group = v.size(2)
+        q = q.unflatten(2, (n_group, -1, 2))  # (B, T, group, pair, map, D)
+        q = q.transpose(3, 4).flatten(2, 4)  # (B, T, group * map * pair, D)
+        y = self.attend(q, k, v, cache).unflatten(2, (n_group, 2, -1))  # (B, T, group, map, pair, Dv)
+        y1, y2 = (half.flatten(2, 3) for half in y.unbind(3))
+        return y1 - lam.unsqueeze(-1) * y2
+
+
+class DiffAttnV1(DiffAttention):
     """DIFF V1 (arXiv 2410.05258, equations 1 to 3): two maps per pair of heads, the second subtracted.
 
         out = (1 - lambda_init) * RMSNorm(A1 V - lambda * A2 V)
         lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init
 
-    Heads 2i and 2i + 1 of q and k make the two maps of pair i; v is 2D wide. With grouped queries, a group has two key
-    heads and one value head, and map m of each of its pairs reads key head m.
+    v is 2D wide. With grouped queries, a group has two key heads and one value head, and map m of each of its pairs
+    reads key head m.
     """
 
     value_width = 2
@@ -286,7 +311,6 @@ class DiffAttnV1(Attention):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.n_group = config.n_kv_head // 2
         # A buffer, not a float, of which torch.compile would make a program for every layer. Layers count from 0.
         lambda_init = torch.tensor(0.8 - 0.6 * math.exp(-0.3 * layer), dtype=torch.float64)
         self.register_buffer("lambda_init", lambda_init, persistent=False)
@@ -300,23 +324,18 @@ class DiffAttnV1(Attention):
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init.type_as(q1)
 
     def forward(self, x, rope, cache=None):
-        q, k, v = self.qkv(x, rope)
-        # Kernels give neighbouring query heads the same key head, so the queries that use map 1 of a group come first.
-        q = q.unflatten(2, (self.n_group, -1, 2))  # (B, T, group, pair, map, D)
-        q = q.transpose(3, 4).flatten(2, 4)  # (B, T, group * map * pair, D)
-        y = self.attend(q, k, v, cache)  # (B, T, group * map * pair, 2D)
-        y1, y2 = y.unflatten(2, (self.n_group, 2, -1)).unbind(3)  # (B, T, group, pair, 2D) each
-        y = at_least_float32(self.subln(y1 - self.lam(x) * y2)) * (1 - self.lambda_init)
+        y = self.subtract(*self.qkv(x, rope), self.lam(x), cache)
+        y = at_least_float32(self.subln(y)) * (1 - self.lambda_init)
         return self.o_proj(y.type_as(x).flatten(2))
 
 
-class DiffAttnV2(Attention):
+class DiffAttnV2(DiffAttention):
     """DIFF V2 (Microsoft, January 2026): twice the query heads, subtracted in pairs with a lambda per token and head.
 
         out_i = A_2i V - sigmoid(lambda_i) * A_2i+1 V,    lambda = x W_lambda
 
-    Neighbouring query heads 2i and 2i + 1 share a key and value head, so keys, values and their cache stay those of the
-    plain Transformer. No norm follows.
+    Both maps of a pair read the same key head, so keys, values and their cache stay those of the plain Transformer. No
+    norm follows.
     """
 
     q_per_head = 2
@@ -335,9 +354,8 @@ class DiffAttnV2(Attention):
 
     def forward(self, x, rope, cache=None):
         q, k, v, lam = self.qkv(x, rope)
-        y = self.attend(q, k, v, cache)  # (B, T, 2 * n_head, D)
-        y1, y2 = y.unflatten(2, (-1, 2)).unbind(3)  # (B, T, n_head, D) each
-        return self.o_proj((y1 - torch.sigmoid(lam).unsqueeze(-1) * y2).flatten(2))
+        y = self.subtract(q, k, v, torch.sigmoid(lam), cache)  # (B, T, n_head, D)
+        return self.o_proj(y.flatten(2))
 
 
 ATTENTION = {"vanilla": Attention, "v1": DiffAttnV1, "v2": DiffAttnV2}
@@ -453,12 +471,9 @@ def _add_product(total, a, b):
 
 def cross_entropy_(logits, targets):
     """The cross-entropy of each row of logits (M, V), which is overwritten with its gradient."""
-    if triton is None or not logits.is_cuda or logits.dtype == torch.float64:
+    if kernels is None or not logits.is_cuda or logits.dtype == torch.float64:
         return _cross_entropy_torch(logits, targets)
-    M, V = logits.shape
-    losses = torch.empty(M, device=logits.device)
-    _cross_entropy_kernel[(M,)](logits, targets.contiguous(), losses, V, BLOCK=4096, num_warps=16)
-    return losses
+    return kernels.cross_entropy_(logits, targets)
 
 
 def _cross_entropy_torch(logits, targets):
@@ -614,32 +629,17 @@ class KVCache:
 
 
 def has_decode_kernel(k, impl):
-    return triton is not None and k.is_cuda and k.dtype in HALF and impl != "naive"
+    return kernels is not None and k.is_cuda and k.dtype in HALF and impl != "naive"
 
 
 def decode_attention(q, k, v, position, impl="auto"):
     """attention() of one query a head, q (B, 1, H, D), to the keys k (B, S, K, D) and values v (B, S, G, Dv) up to and
     with `position`, a tensor (1,): a CUDA graph goes on with another position. -> (B, 1, H, Dv)
-
-    Every program reads one part of the context, since a few long sequences would leave most of a GPU idle.
     """
     if not has_decode_kernel(k, impl):
         end = int(position) + 1
         return attention(q, k[:, :end], v[:, :end], impl=impl)
-    B, _, H, D = q.shape
-    S, K, G, Dv = k.size(1), k.size(2), v.size(2), v.size(3)
-    programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count  # one loads while another waits
-    splits = min(triton.cdiv(S, 64), max(1, programs // (B * G)))
-    parts = torch.empty(B, H, splits, Dv, device=q.device)
-    log_totals = torch.empty(B, H, splits, device=q.device)
-    _decode_kernel[(B * G, splits)](
-        q.contiguous(), k, v, parts, log_totals, position, D**-0.5, S, G,
-        QUERIES=H // G, KEYS=K // G, D=D, KEY_WIDTH=max(16, triton.next_power_of_2(K // G * D)),
-        DV=Dv, VALUE_WIDTH=max(16, triton.next_power_of_2(Dv)), ROWS=max(16, triton.next_power_of_2(H // G)),
-        BLOCK=64 if Dv <= 128 else 32,
-    )  # fmt: skip
-    weights = torch.softmax(log_totals, dim=-1).unsqueeze(-1)
-    return (parts * weights).sum(2).type_as(q).unsqueeze(1)
+    return kernels.decode_attention(q, k, v, position)
 
 
 class Decoder:
@@ -756,84 +756,3 @@ def draw(probabilities):
     """One index from each row of probabilities (B, V), which need not sum to 1 -> (B, 1). The first of V exponential
     clocks to ring; torch.multinomial would make the CPU wait for the GPU, which no CUDA graph can."""
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1, keepdim=True)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Triton kernels, for decode_attention and cross_entropy_
-
-if triton:
-
-    @triton.jit
-    def _decode_kernel(
-        q, k, v, parts, log_totals, position, scale, S, G,
-        QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, KEY_WIDTH: tl.constexpr,
-        DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """One program for a value head of a sequence and a part of its context: the softmax-weighted values there of
-        the QUERIES that read it, and the log of the sum that they are divided by.
-
-        V1's value head has two key heads. They are read as one that is twice as wide, by queries with zeros in the half
-        that is not theirs, so that values are read once.
-        """
-        sequence, group, part = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G, tl.program_id(1)
-        length, splits = tl.load(position) + 1, tl.num_programs(1)
-        share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
-        start = part * share
-        stop = tl.minimum(start + share, length)
-        row, key_column, column = tl.arange(0, ROWS), tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
-        head = (sequence * G + group) * QUERIES + row
-        own_half = (key_column // D)[None, :] == (row // (QUERIES // KEYS))[:, None]
-        q_mask = own_half & (row < QUERIES)[:, None]
-        query = tl.load(q + head[:, None] * D + (key_column % D)[None, :], mask=q_mask, other=0.0)  # (ROWS, KEY_WIDTH)
-        k += (sequence * S * G + group) * KEYS * D
-        v += (sequence * S * G + group) * DV
-        top = tl.full((ROWS,), -float("inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        values = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
-        for first in range(start, stop, BLOCK):
-            token = first + tl.arange(0, BLOCK)
-            k_mask = (token < stop)[None, :] & (key_column < KEYS * D)[:, None]
-            keys = tl.load(k + token[None, :] * (G * KEYS * D) + key_column[:, None], mask=k_mask, other=0.0)
-            scores = (tl.dot(query, keys) * scale).to(tl.float32)  # (ROWS, BLOCK)
-            scores = tl.where((token < stop)[None, :], scores, -float("inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            probabilities = tl.exp(scores - new_top[:, None])
-            v_mask = (token < stop)[:, None] & (column < DV)[None, :]
-            block = tl.load(v + token[:, None] * (G * DV) + column[None, :], mask=v_mask, other=0.0)
-            fade = tl.exp(top - new_top)
-            total = total * fade + tl.sum(probabilities, 1)
-            values = values * fade[:, None] + tl.dot(probabilities.to(block.dtype), block)
-            top = new_top
-        out = head * splits + part
-        tl.store(log_totals + out, top + tl.log(total), mask=row < QUERIES)  # -inf where a part is empty
-        mean = values / tl.where(total > 0, total, 1.0)[:, None]
-        out_mask = (row < QUERIES)[:, None] & (column < DV)[None, :]
-        tl.store(parts + out[:, None] * DV + column[None, :], mean, mask=out_mask)
-
-    @triton.jit
-    def _cross_entropy_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
-        """One program a row: one pass for the logarithm of the sum of exponentials, one for the gradient."""
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * V
-        target = tl.load(targets + row)
-        learned = tl.where(target == -100, 0.0, 1.0)
-        inside = (target >= 0) & (target < V)
-        at_target = tl.load(logits + target, mask=inside, other=0.0).to(tl.float32)
-        top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)  # of every lane; no inf - inf
-        for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            # The row is to be in the cache still when the second pass comes.
-            x = tl.load(logits + column, mask=column < V, other=-float("inf"), eviction_policy="evict_last")
-            x = x.to(tl.float32)
-            new_top = tl.maximum(top, x)
-            total = total * tl.exp(top - new_top) + tl.exp(x - new_top)
-            top = new_top
-        highest = tl.max(top)
-        log_total = highest + tl.log(tl.sum(total * tl.exp(top - highest)))
-        known = inside | (target == -100)
-        tl.store(losses + row, tl.where(known, (log_total - at_target) * learned, float("nan")))
-        for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + column, mask=column < V, eviction_policy="evict_first").to(tl.float32)
-            gradient = (tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)) * learned
-            tl.store(logits + column, gradient, mask=column < V, eviction_policy="evict_first")

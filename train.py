@@ -375,7 +375,7 @@ def fit(run, log):
     steps = range(run.done + 1, s.max_steps + 1)
     with stop_signals() as stop:
         for step, (work, micro_batches) in zip(steps, prefetch(run.make_batch, steps, run.device)):
-            lr = lr_at(step, s)
+            lr = run.learning_rate(step)
             measured = optimizer_step(run.optimizer, lr, run.accumulate, micro_batches)
             log.rows.append(dict(step=step, lr=lr, work=work, **measured))
             last, stopping = step == steps[-1], bool(stop)  # a signal from here on waits for the next step
@@ -451,6 +451,9 @@ class Run:
     def flops_per_unit(self):
         """Floating-point operations for one `unit` of work, or None where that depends on the batch."""
         return None
+
+    def learning_rate(self, step):
+        return lr_at(step, self.settings)
 
     def accumulate(self, *tensors):
         return accumulate(self.loss_of, *tensors)
@@ -636,17 +639,22 @@ class Pretraining(Run):
                 f"the checkpoint's tokenizer is {start['data'].get('tokenizer')}, the data's {settings.tokenizer}"
             )
         torch.manual_seed(settings.seed)
-        config = build_config(settings, self.encoding.n_vocab)
-        self.model = GPT(config)
+        self.model = GPT(self.config())
         if start:
-            check_shape(start, config)
+            check_shape(start, self.model.config)
             load_weights(self.model, start)
         self.model.to(self.device)
         self.compiled = compile_model(self.model) if wants_compile(settings.compile, self.device) else self.model
-        self.optimizer = make_optimizer(self.model, settings.weight_decay)
+        self.optimizer = self.make_optimizer()
         if settings.resume:
             self.restore(start)
             self.optimizer.param_groups[0]["weight_decay"] = settings.weight_decay  # which may be another one now
+
+    def config(self):
+        return build_config(self.settings, self.encoding.n_vocab)
+
+    def make_optimizer(self):
+        return make_optimizer(self.model, self.settings.weight_decay)
 
     def load_data(self):
         s = self.settings

@@ -125,7 +125,7 @@ def environment(device):
         "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "machine": gpu or f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        "triton": model.triton and model.triton.__version__, "flash_attn": model.flash_attn_func is not None,
+        "triton": model.kernels and model.kernels.triton.__version__, "flash_attn": model.flash_attn_func is not None,
     }  # fmt: skip
 
 

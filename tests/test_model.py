@@ -451,6 +451,55 @@ def test_gpu_kernels_in_bf16(H, K, G, D, Dv, impl):
 
 
 @needs_gpu
+@pytest.mark.parametrize("T", [1, 64, 500])
+@pytest.mark.parametrize(
+    "N, G, keys, D, Dv", [(6, 6, 1, 128, 128), (4, 2, 1, 64, 64), (6, 6, 2, 64, 128), (4, 2, 2, 16, 32)]
+)
+def test_gpu_difference_kernel(N, G, keys, D, Dv, T):
+    """Output and gradients against float64, pair by pair; V2's lambda is of a token and head, V1's one number."""
+    if model_module.gpu_generation("cuda") != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+    torch.manual_seed(0)
+    shapes = [(2, T, 2 * N, D), (2, T, keys * G, D), (2, T, G, Dv), (2, T, N) if keys == 1 else ()]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    q, k, v, lam = exact
+    pairs = []
+    for i in range(N):
+        g, factor = i // (N // G), lam[..., i : i + 1, None] if lam.ndim else lam
+        maps = [(q[:, :, [2 * i + m]], k[:, :, [keys * g + m * (keys - 1)]], v[:, :, [g]]) for m in (0, 1)]
+        y1, y2 = (attention(*heads, causal=True, impl="naive") for heads in maps)
+        pairs.append(y1 - factor * y2)
+    reference = torch.cat(pairs, dim=2)
+    ours = model_module.kernels.differential_attention(*inputs)
+    assert ours.dtype == torch.bfloat16 and relative_error(ours, reference) < 5e-3
+    upstream = torch.randn_like(ours)
+    ours.backward(upstream)
+    reference.backward(upstream.double())
+    for x, y in zip(inputs, exact):
+        if T > 1 or x is not inputs[0] and x is not inputs[1]:  # a single key has no gradient
+            assert relative_error(x.grad, y.grad) < 1e-2
+
+
+@needs_gpu
+@pytest.mark.parametrize("attn", ["v1", "v2"])
+def test_gpu_models_with_and_without_the_difference_kernel(attn):
+    """The same loss and gradients, compiled, with several pairs to a key head."""
+    results = []
+    for impl in ("auto", "sdpa"):
+        model = tiny_model(attn, "grouped", attn_impl=impl, head_dim=32, n_layer=1).cuda()
+        idx = torch.randint(64, (4, 24), generator=torch.Generator().manual_seed(1)).cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = torch.compile(model, fullgraph=True)(idx, idx)[1]
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (loss, gradients), (expected, others) = results
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    for name in gradients:
+        assert relative_error(gradients[name], others[name]) < 5e-2, name
+
+
+@needs_gpu
 @pytest.mark.parametrize("impl", ["sdpa", pytest.param("flash_attn", marks=needs_flash_attn)])
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_gpu_model_compiles_into_one_graph(attn, impl):

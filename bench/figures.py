@@ -1,0 +1,216 @@
+"""The pictures and tables of docs/results.md: makes the runs whose logs are missing, then draws.
+
+python -m bench.figures                      # from the logs and measurements in docs/runs, which need no GPU
+python -m bench.figures --logs out/mylogs    # everything anew
+
+Prints the tables as Markdown, writes the pictures to docs/.
+"""
+
+import csv
+import statistics
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from bench.runs import LEARNING_RATES, add_flags, log_path, make_missing, parse
+from data import Parser, run_script
+from model import ATTENTION
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+COLORS = {"vanilla": "tab:gray", "v1": "tab:orange", "v2": "tab:blue", "vanilla-bare": "black", "v1-bare": "tab:red"}
+NAMES = {
+    "vanilla-bare": "(a) plain Transformer, nothing else", "v1-bare": "(b) V1 without the methods",
+    "v1": "(c) V1", "v2": "(c) V2", "vanilla": "(d) plain Transformer",
+}  # fmt: skip
+EARLY = (200, 1000)  # steps over which the early loss is averaged
+SPIKE, MEMORY = 10, 100  # a gradient norm above SPIKE times the median of the MEMORY steps before is a spike
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading logs
+
+
+def read_log(logs, name):
+    """The columns of a finished run's log, each an array with a number for every step, NaN where there is none; of
+    `lambdas`, one for every layer."""
+    with open(log_path(logs, name), newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    log = {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0] if key != "lambdas"}
+    layers = max(len(row["lambdas"].split()) for row in rows)
+    empty = [float("nan")] * layers
+    log["lambdas"] = np.array([list(map(float, row["lambdas"].split())) or empty for row in rows])
+    return log
+
+
+def read_seeds(logs, runs, prefix):
+    """The logs of all seeds of a run: their names are the prefix and a number."""
+    names = [name for name in runs if name.startswith(prefix) and name.removeprefix(prefix).isdecimal()]
+    return [read_log(logs, name) for name in names]
+
+
+def smooth(values, width=20):
+    """Means over windows of `width` steps."""
+    width = min(width, len(values))
+    return np.convolve(values, np.ones(width) / width, mode="valid")
+
+
+def spread(values, digits=3):
+    """Mean and standard deviation of a few numbers, as text."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def print_table(title, rows):
+    """A list of {column: text} as Markdown."""
+    print(f"\n{title}\n\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    for row in rows:
+        print("| " + " | ".join(map(str, row.values())) + " |")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Loss and gradient norm (figures 2 and 3), fine-tuning (4 and 5)
+
+
+def curves(logs, runs, folder):
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    rows, losses = [], {kind: read_seeds(logs, runs, f"curves/{kind}-") for kind in NAMES}
+    for kind, seeds in losses.items():
+        for axis, column in zip(axes, ("loss", "grad_norm")):
+            lines = np.array([smooth(log[column]) for log in seeds])
+            steps = np.arange(lines.shape[1]) + 1 + (len(seeds[0]["step"]) - lines.shape[1])
+            axis.plot(steps, lines.mean(0), color=COLORS[kind], label=NAMES[kind], linewidth=1)
+            axis.fill_between(steps, lines.min(0), lines.max(0), color=COLORS[kind], alpha=0.2, linewidth=0)
+    for kind in losses:
+        row = {"run": NAMES[kind]}
+        for steps in EARLY:
+            early = {k: [log["loss"][:steps].mean() for log in losses[k]] for k in (kind, "vanilla-bare", "vanilla")}
+            row[f"loss, steps 1 to {steps}"] = spread(early[kind])
+            for baseline, letter in (("vanilla-bare", "a"), ("vanilla", "d")):
+                change = np.mean(early[kind]) / np.mean(early[baseline]) - 1
+                row[f"to {steps}, against ({letter})"] = f"{change:+.1%}"
+        rows.append(row)
+    axes[0].set(xlabel="step", ylabel="training loss, nats")
+    axes[1].set(xlabel="step", ylabel="norm of the gradient", yscale="log")
+    axes[1].axvline(200, color="lightgray", zorder=0, linewidth=1)
+    axes[1].text(205, axes[1].get_ylim()[0], " end of the warmup of (c), (d)", rotation=90, va="bottom", color="gray")
+    axes[0].legend(fontsize=8)
+    save(figure, folder / "curves.png")
+    print_table("Early training loss", rows)
+
+
+def tuning(logs, runs, folder):
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    sft, dpo = read_log(logs, "sft"), read_log(logs, "dpo")
+    panels = ((sft, "loss", "SFT: loss, nats"), (dpo, "loss", "DPO: loss"), (dpo, "accuracy", "DPO: accuracy, margin"))
+    for axis, (log, column, title) in zip(axes, panels):
+        draw_training(axis, log, column, "tab:blue")
+        axis.set(xlabel="step", title=title)
+    draw_training(axes[2], dpo, "margin", "tab:green")
+    axes[2].legend(fontsize=8)
+    save(figure, folder / "tuning.png")
+    rows = []
+    for name, log in (("SFT", sft), ("DPO", dpo)):
+        measured = {key: log[key] for key in ("loss", "val_loss", "val_accuracy", "val_margin") if key in log}
+        row = {"stage": name, "steps": len(log["step"]), "loss, first and last 50 steps": ends(log["loss"])}
+        row |= {"lowest held-out loss": f"{np.nanmin(measured['val_loss']):.3f}"}
+        row |= {"held-out at the end": ", ".join(f"{k[4:]} {v[-1]:.3f}" for k, v in measured.items() if "val" in k)}
+        rows.append(row)
+    print_table("Fine-tuning", rows)
+
+
+def draw_training(axis, log, column, color):
+    """The smoothed training curve of a column, and points of the held-out one."""
+    line = smooth(log[column])
+    axis.plot(log["step"][-len(line) :], line, color=color, linewidth=1, label=column)
+    held_out = log[f"val_{column}"]
+    measured = ~np.isnan(held_out)
+    axis.plot(log["step"][measured], held_out[measured], "o", color=color, markersize=4, label=f"held-out {column}")
+
+
+def ends(values, width=50):
+    return f"{values[:width].mean():.3f}, {values[-width:].mean():.3f}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Held-out loss, stability, lambda
+
+
+def held_out(logs, runs):
+    rows = []
+    for prefix, text, choose in (("curves", "WikiText-2", np.nanmin), ("corpus", "larger corpus", lambda x: x[-1])):
+        losses = {k: [choose(log["val_loss"]) for log in read_seeds(logs, runs, f"{prefix}/{k}-")] for k in ATTENTION}
+        for attn, values in losses.items():
+            gaps = [value - plain for value, plain in zip(values, losses["vanilla"])]
+            row = {"text": text, "attn": attn, "seeds": len(values), "held-out loss, nats": spread(values)}
+            row |= {"perplexity": spread([np.exp(v) for v in values], 2), "against vanilla": spread(gaps)}
+            rows.append(row)
+    print_table("Held-out loss: WikiText-2 at its lowest, the larger corpus at the end", rows)
+
+
+def spikes(norms):
+    """How many gradient norms are above SPIKE times the median of the MEMORY steps before them."""
+    return sum(norms[i] > SPIKE * np.median(norms[max(0, i - MEMORY) : i]) for i in range(1, len(norms)))
+
+
+def stability(logs, runs, folder):
+    figure, axes = plt.subplots(1, len(LEARNING_RATES), figsize=(13, 3.6), sharey=True)
+    rows = []
+    for rate, axis in zip(LEARNING_RATES, axes):
+        for attn in ATTENTION:
+            log = read_log(logs, f"rates/{attn}-{rate:g}")
+            steps, norms = runs[f"rates/{attn}-{rate:g}"].settings.max_steps, log["grad_norm"]
+            finite = np.isfinite(log["loss"]).all() and len(norms) == steps
+            row = {"peak learning rate": f"{rate:g}", "attn": attn, "spikes": spikes(norms)}
+            row |= {
+                "highest norm": f"{np.nanmax(norms):.2f}",
+                "after the warmup": f"{np.nanmax(norms[len(norms) // 5 :]):.2f}",
+            }
+            row |= {"loss, last 50 steps": f"{log['loss'][-50:].mean():.3f}"}
+            row |= {"held-out": f"{log['val_loss'][-1]:.3f}", "diverged": "no" if finite else f"step {len(norms)}"}
+            rows.append(row)
+            axis.plot(log["step"], norms, color=COLORS[attn], label=attn, linewidth=0.6)
+        axis.set(xlabel="step", yscale="log", title=f"peak learning rate {rate:g}")
+    axes[0].set(ylabel="norm of the gradient")
+    axes[0].legend(fontsize=8)
+    save(figure, folder / "stability.png")
+    print_table(f"Stability: a spike is above {SPIKE} times the median of the {MEMORY} steps before", rows)
+
+
+def lambdas(logs, runs, folder):
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    for attn, axis in zip(("v1", "v2"), axes):
+        log = read_seeds(logs, runs, f"corpus/{attn}-")[0]
+        # Validation comes before the first step, too, but a log has no row for it.
+        measured = ~np.isnan(log["lambdas"][:, 0])
+        layers = log["lambdas"].shape[1]
+        for layer in range(layers):
+            color = plt.cm.viridis(layer / layers)
+            axis.plot(log["step"][measured], log["lambdas"][measured, layer], color=color, label=f"layer {layer}")
+        axis.set(xlabel="step", title=f"{attn}: factor of the second map")
+    axes[1].legend(fontsize=7, ncol=2)
+    save(figure, folder / "lambdas.png")
+
+
+def save(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    parser = Parser(__doc__, prog="python -m bench.figures")
+    add_flags(parser)
+    parser.add_argument("--pictures", default="docs", help="folder for the pictures (default: %(default)s)")
+    arguments, runs = parse(parser)
+    folder = Path("out/smoke" if arguments.smoke else arguments.pictures)
+    make_missing(runs, arguments)
+    for draw in (curves, tuning, stability, lambdas):
+        draw(arguments.logs, runs, folder)
+    held_out(arguments.logs, runs)
+
+
+if __name__ == "__main__":
+    run_script(main)

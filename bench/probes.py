@@ -1,0 +1,255 @@
+"""What differential attention does inside a trained model: where its heads look, and how loud what they read is.
+
+probe() measures a model on held-out text, sentence_maps() reads the maps of one sentence; bench/figures.py draws both.
+There are up to three kinds of weights: "first" and "second", the two softmax maps, and "weights", first - factor *
+second, which are what counts; the plain Transformer has "weights" alone. Shapes are as in model.py, but H are the heads
+after the subtraction, V1's pairs, and R the query positions that are looked at.
+"""
+
+import statistics
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+import train
+from data.dataset import sample_batch
+from model import DiffAttnV1, DiffAttnV2, at_least_float32, token_cross_entropy
+
+CITIES = ("Athens", "Berlin", "Boston", "Cairo", "Delhi", "Lima", "London", "Oslo", "Paris", "Rome", "Tokyo", "Vienna")
+QUESTION = " The magic number of {} is"  # a needle goes on with " 1234567."
+NEEDLES = ((6, 7), (4, 7), (4, 5), (2, 3))  # how many a text has, and their digits: the first that fit
+PARTS = ("answer", "others", "first_token", "rest")  # of a text: the number asked for, those of the other needles, ...
+LATE = 64  # last positions of a window, where the RMS of what attention reads is measured
+
+# ---------------------------------------------------------------------------------------------------
+# Attention maps
+
+
+def differential_maps(module, x, rope, rows):
+    """The maps of an attention module that reads x (B, T, C), for the queries at `rows`, a slice or a tensor of
+    positions: first and second (B, H, R, S), and the second's factor, (B, H, R, 1) or (1, 1, 1, 1), all at least
+    float32. Where there is one map, the others are None."""
+    q, k, _, *lam = module.qkv(x, rope)
+    q, positions = q[:, rows], torch.arange(x.size(1), device=x.device)[rows]
+    if isinstance(module, DiffAttnV1):  # key heads are in pairs as well
+        keys, factor = (k[:, :, 0::2], k[:, :, 1::2]), module.lam(x).view(1, 1, 1, 1)
+    elif isinstance(module, DiffAttnV2):
+        keys, factor = (k, k), at_least_float32(lam[0][:, rows]).sigmoid().transpose(1, 2).unsqueeze(-1)
+    else:
+        return causal_maps(q, k, positions), None, None
+    first, second = (causal_maps(q[:, :, m::2], keys[m], positions) for m in (0, 1))
+    return first, second, factor
+
+
+def causal_maps(q, k, positions):
+    """model.attention_maps() for the queries at any `positions` (R,), with or without autocast: q (B, R, H, D) and
+    k (B, S, K, D) -> (B, H, R, S)."""
+    k = k.repeat_interleave(q.size(2) // k.size(2), dim=2)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("brhd,bshd->bhrs", at_least_float32(q), at_least_float32(k)) * q.size(-1) ** -0.5
+    future = torch.arange(k.size(1), device=k.device) > positions[:, None]  # (R, S)
+    return torch.softmax(scores.masked_fill(future, float("-inf")), dim=-1)
+
+
+def layer_maps(model, idx, rows):
+    """For every layer {kind of weights: (B, H, R, S)} and the values (B, S, G, Dv), as the model reads idx (B, T)."""
+    rope, x = model.rope(idx.size(1)), model.embed(idx)
+    for layer in model.layers:
+        read = layer.attn_norm(x)
+        first, second, factor = differential_maps(layer.attn, read, rope, rows)
+        maps = {"weights": first}
+        if second is not None:
+            maps = {"weights": first - factor * second, "first": first, "second": second}
+        yield maps, layer.attn.qkv(read, rope)[2]
+        x = layer(x, rope)
+
+
+def share(weights, keys):
+    """The share of attention that `keys`, a slice or mask of S, get: weights (..., S) -> (...). Differences may be
+    negative and sum to 1 - factor, so it is sum |w| over the keys / sum |w| over all; for one map, the probability."""
+    size = weights.abs()
+    return size[..., keys].sum(-1) / size.sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Needles: one of several facts has to be found in a long text (arXiv 2410.05258, section 3.4)
+
+
+def needle_texts(encoding, tokens, length, texts, seed=1):
+    """Texts of held-out `tokens` in which needles are hidden, and which end with the question for one of them -> ids
+    (texts, length) int64, and for each text the (start, stop) of every needle's number, the one asked for first. Raises
+    ValueError if they don't fit."""
+    encode, rng = encoding.encode_ordinary, np.random.default_rng((seed, 2))
+    count, digits = needle_size(encode, length)
+    if len(tokens) <= length:
+        raise ValueError(f"{len(tokens)} tokens are too few to cut texts of {length} from")
+    filler = sample_batch(tokens, length, texts, seed, step=1)[0].tolist()
+    ids, spans = zip(*(hide_needles(rng, encode, text, draw_numbers(rng, encode, count, digits)) for text in filler))
+    return torch.tensor(ids), spans
+
+
+def needle_size(encode, length):
+    """The number of needles and their digits: they and the question may take 7/8 of the length, at their longest."""
+    question = max(len(encode(QUESTION.format(city))) for city in CITIES)
+    for count, digits in NEEDLES:
+        if count * (question + digits + 2) + question <= 7 / 8 * length:  # a space and a period
+            return count, digits
+    raise ValueError(f"{length} tokens have no room for needles")
+
+
+def draw_numbers(rng, encode, count, digits):
+    """Different numbers, each with a space before it, as lists of ids. All have the length that is commonest among
+    many, so that their log-probabilities compare."""
+    drawn = rng.integers(10 ** (digits - 1), 10**digits, size=20 * count)
+    numbers = [encode(f" {number}") for number in dict.fromkeys(drawn.tolist())]
+    width = statistics.mode(map(len, numbers))
+    return [number for number in numbers if len(number) == width][:count]
+
+
+def hide_needles(rng, encode, filler, numbers):
+    """A text as long as `filler`, which gives way at its end: ids and spans as in needle_texts(). The pieces are
+    encoded apart: spans are exact, and the question has the same ids as the needle."""
+    questions = [encode(QUESTION.format(city)) for city in rng.choice(CITIES, len(numbers), replace=False)]
+    needles = [question + number + encode(".") for question, number in zip(questions, numbers)]
+    asked = rng.integers(len(needles))
+    room = len(filler) - len(questions[asked]) - sum(map(len, needles))
+    # number_scores() cuts the beginning off, which may not be a needle's.
+    depths = np.sort(rng.integers(len(numbers[0]), room + 1, size=len(needles))).tolist()
+    ids, spans = [], []
+    for start, depth, question, number, needle in zip([0, *depths], depths, questions, numbers, needles):
+        ids += filler[start:depth]
+        begin = len(ids) + len(question)
+        spans.append((begin, begin + len(number)))
+        ids += needle
+    ids += filler[depths[-1] : room] + questions[asked]
+    return ids, [spans.pop(asked), *spans]
+
+
+def needle_shares(model, ids, spans):
+    """Where the last position of a needle text ids (T,) looks: {kind of weights: (n_layer, H, parts)}."""
+    part = torch.full_like(ids, PARTS.index("rest"))
+    part[0] = PARTS.index("first_token")
+    for number, (start, stop) in enumerate(spans):
+        part[start:stop] = PARTS.index("others" if number else "answer")
+    shares = defaultdict(list)
+    for maps, _ in layer_maps(model, ids[None], slice(-1, None)):
+        for kind, weights in maps.items():
+            shares[kind].append(torch.stack([share(weights[0, :, 0], part == i) for i in range(len(PARTS))], dim=-1))
+    return {kind: torch.stack(layers) for kind, layers in shares.items()}
+
+
+def summarize_shares(texts):
+    """What needle_shares() says of each text, averaged over texts: for each kind of weights lists by layer, the mean
+    over heads, and of all heads the one whose share on the answer is highest."""
+    summary = {}
+    for kind in texts[0]:
+        mean = torch.stack([shares[kind] for shares in texts]).mean(0)  # (n_layer, H, parts)
+        best, at = mean[..., PARTS.index("answer")].flatten().max(0)
+        layer, head = divmod(at.item(), mean.size(1))
+        summary[kind] = dict(zip(PARTS, mean.mean(1).T.tolist()))
+        summary[kind]["best_head"] = dict(layer=layer, head=head, answer=best.item())
+    return summary
+
+
+def number_scores(model, ids, spans):
+    """The mean log-probability, in nats a token, of every needle's number after a text ids (T,) -> (needles,). The text
+    loses as many tokens at its beginning as that adds: the context may be full."""
+    numbers = torch.stack([ids[start:stop] for start, stop in spans])  # (needles, W)
+    W = numbers.size(1)
+    texts = torch.cat((ids[W - 1 :].expand(len(numbers), -1), numbers[:, :-1]), dim=1)  # (needles, T)
+    hidden = model.hidden(texts)[:, -W:].flatten(0, 1)
+    return -token_cross_entropy(hidden, model.lm_head.weight, numbers.flatten()).view(-1, W).mean(1)
+
+
+def summarize_scores(scores):
+    """scores (texts, needles), of which the first of each text is of the right number."""
+    right, wrong = scores[:, 0], scores[:, 1:]
+    accuracy = (right > wrong.amax(1)).float().mean().item()
+    return dict(right=right.mean().item(), wrong=wrong.mean().item(), accuracy=accuracy, chance=1 / scores.size(1))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Plain text: the attention sink, and the RMS of what is read
+
+
+def window_measures(model, ids):
+    """Of a window ids (T,): the first token's share in the second half, {kind of weights: (n_layer,)}, and at the LATE
+    last positions the weights' L2 norms, and output_rms() as "output": {kind: (n_layer, H * R)}."""
+    sink, rms = defaultdict(list), defaultdict(list)
+    for maps, values in layer_maps(model, ids[None], slice(len(ids) // 2, None)):
+        for kind, weights in maps.items():
+            sink[kind].append(share(weights, slice(1)).mean())
+            rms[kind].append(weights[:, :, -LATE:].norm(dim=-1).flatten())
+        rms["output"].append(output_rms(maps["weights"][:, :, -LATE:], values).flatten())
+    return [{kind: torch.stack(layers) for kind, layers in measured.items()} for measured in (sink, rms)]
+
+
+def output_rms(weights, values):
+    """The RMS of a head's output, before any norm, over that of the values: (B, H, R, S), (B, S, G, Dv) -> (B, H, R).
+    If values were uncorrelated, it would be the weights' L2 norm."""
+    values = at_least_float32(values).transpose(1, 2).repeat_interleave(weights.size(1) // values.size(2), dim=1)
+    with torch.autocast(weights.device.type, enabled=False):
+        output = weights @ values  # (B, H, R, Dv)
+    return (output.square().mean(-1) / values.square().mean((-2, -1)).unsqueeze(-1)).sqrt()
+
+
+def summarize_windows(windows):
+    """What window_measures() says of each window: the sink, averaged over windows, and the statistics of each RMS over
+    windows, heads and positions; lists by layer."""
+    sink = {kind: torch.stack([sink[kind] for sink, _ in windows]).mean(0).tolist() for kind in windows[0][0]}
+    norms = {}
+    for kind in windows[0][1]:
+        samples = torch.cat([rms[kind] for _, rms in windows], dim=1)  # (n_layer, windows * H * R)
+        measured = dict(mean=samples.mean(1), minimum=samples.amin(1), percentile_1=samples.quantile(0.01, dim=1))
+        norms[kind] = {name: values.tolist() for name, values in measured.items()}
+    return sink, norms
+
+
+# ---------------------------------------------------------------------------------------------------
+# What figures are drawn from
+
+
+@torch.no_grad()
+def probe(model, encoding, tokens, length, texts, seed=1):
+    """All that is measured at a context of `length`, on `texts` needle texts and as many windows of the held-out
+    `tokens` (N,), one at a time -> a dict for JSON. Weights that sum to 1 over n tokens have an L2 norm of at least
+    1/sqrt(n), "bound", and differences may go below (DIFF V2's argument; Microsoft, January 2026)."""
+    device = model.rope_cos.device
+    ids, spans = needle_texts(encoding, tokens, length, texts, seed)
+    windows = sample_batch(tokens, length, texts, seed, step=0)[0]
+    with train.autocast(device):
+        shares = [needle_shares(model, *text) for text in zip(ids.to(device), spans)]
+        scores = torch.stack([number_scores(model, *text) for text in zip(ids.to(device), spans)])
+        sink, norms = summarize_windows([window_measures(model, window) for window in windows.to(device)])
+    answer_tokens = statistics.mean(stop - start for (start, stop), *_ in spans)
+    about = dict(attn=model.config.attn, length=length, texts=texts, seed=seed, answer_tokens=answer_tokens)
+    measured = dict(needle=summarize_shares(shares), retrieval=summarize_scores(scores), sink=sink)
+    return about | measured | dict(context_rms={"bound": length**-0.5, **norms})
+
+
+@torch.no_grad()
+def sentence_maps(model, encoding, text, heads=3):
+    """For a picture: the tokens of a text, and the maps of those `heads` in which the subtraction removes most, most
+    first: min(first, factor * second), summed over all tokens but the first, where many heads rest, and averaged over
+    queries. Plain attention has none."""
+    ids, device = encoding.encode_ordinary(text), model.rope_cos.device
+    with train.autocast(device):
+        layers = [maps for maps, _ in layer_maps(model, torch.tensor([ids], device=device), slice(None))]
+    removed = []
+    for layer, maps in enumerate(layers if "first" in layers[0] else []):
+        common = maps["first"] - maps["weights"].clamp(min=0)  # min(a, b) = a - max(a - b, 0)
+        removed += [(amount, layer, head) for head, amount in enumerate(common[0, :, :, 1:].sum(-1).mean(-1).tolist())]
+    chosen = [(layer, head) for _, layer, head in sorted(removed, reverse=True)[:heads]]
+    found = [dict(layer=layer, head=head) | head_maps(layers[layer], head) for layer, head in chosen]
+    return dict(tokens=[encoding.decode([token]) for token in ids], heads=found)
+
+
+def head_maps(maps, head):
+    """One head of a layer's maps (1, H, T, T) as nested lists, and the factor of its last token."""
+    first, second, difference = (
+        [[round(weight, 4) for weight in row] for row in maps[kind][0, head].tolist()]
+        for kind in ("first", "second", "weights")
+    )
+    factor = 1 - maps["weights"][0, head, -1].sum().item()  # for both maps sum to 1
+    return dict(factor=factor, first=first, second=second, difference=difference)

@@ -1,0 +1,422 @@
+"""GPU kernels in Triton, which comes with PyTorch for CUDA. model.py does without them elsewhere, in plain PyTorch.
+
+    differential_attention    A1 V - lambda A2 V with its gradients: training
+    decode_attention          one new token to all in the KV cache: generating
+    cross_entropy_            the loss, and its gradient in place of the logits
+
+Letters as in model.py; N is the number of pairs of maps.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Queries and keys at a time, and how they are worked on: the fastest of about thirty choices for V2 on an H100.
+FORWARD = dict(BM=64, BN=64, num_warps=4, num_stages=2)
+KEY_GRADIENT = dict(BM=32, BN=64, num_warps=4, num_stages=2)
+QUERY_GRADIENT = dict(BM=64, BN=32, num_warps=4, num_stages=3)
+
+# ---------------------------------------------------------------------------------------------------
+# Differential attention, in the blocks of FlashAttention (arXiv 2205.14135, 2307.08691)
+#
+# Both maps of a pair read the same values. A kernel for softmax attention, called for the maps one by one, does not
+# know that they are subtracted. With dO the gradient of the output, d1 = dO . O1 and d2 = dO . O2 for every query,
+#
+#     dP = dO V^T    dV = (P1 - lambda P2)^T dO    dS1 = P1 (dP - d1)    dS2 = lambda P2 (d2 - dP)    dlambda = -d2
+#
+# so that dP and dV, a product each, serve both maps. One kernel makes dK and dV, another dQ: sums in a fixed order.
+
+
+@triton.jit
+def _softmax_step(scores, v, top, total, values, row, column, scale: tl.constexpr, MASK: tl.constexpr):
+    """Take a block of keys into a map's running softmax: its highest score and total, and the values it weighs."""
+    if MASK:
+        scores = tl.where(row[:, None] >= column[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    total = total * fade + tl.sum(weights, 1)
+    return new_top, total, tl.dot(weights.to(v.dtype), v, values * fade[:, None])
+
+
+@triton.jit
+def _key_pair(k_desc, b, start, g, KEYS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr):
+    """The keys of both maps of group g: V1 has two key heads, V2 one."""
+    k1 = k_desc.load([b, start, KEYS * g * D]).reshape(BN, D)
+    if KEYS == 1:
+        return k1, k1
+    return k1, k_desc.load([b, start, (KEYS * g + 1) * D]).reshape(BN, D)
+
+
+@triton.jit
+def _forward_blocks(
+    state, q1, q2, k_desc, v_desc, b, g, first, stop, row,
+    scale: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    top1, total1, values1, top2, total2, values2 = state
+    for start in tl.range(first, stop, BN):
+        column = start + tl.arange(0, BN)
+        k1, k2 = _key_pair(k_desc, b, start, g, KEYS, D, BN)
+        scores1, scores2 = tl.dot(q1, k1.T), tl.dot(q2, k2.T)
+        v = v_desc.load([b, start, g * DV]).reshape(BN, DV)
+        top1, total1, values1 = _softmax_step(scores1, v, top1, total1, values1, row, column, scale, MASK)
+        top2, total2, values2 = _softmax_step(scores2, v, top2, total2, values2, row, column, scale, MASK)
+    return top1, total1, values1, top2, total2, values2
+
+
+@triton.jit(do_not_specialize=["T"])
+def _forward_kernel(
+    q_desc, k_desc, v_desc, out_desc, second_desc, lam, log_totals, T, pairs,
+    SCALE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program for BM queries of a pair, the longest first: the output, O2, and both maps' log2 totals."""
+    blocks = tl.cdiv(T, BM)
+    pair, start = tl.program_id(0) // blocks, (blocks - 1 - tl.program_id(0) % blocks) * BM
+    b, h = pair // N, pair % N
+    row = start + tl.arange(0, BM)
+    scale: tl.constexpr = SCALE * LOG2E
+    q1 = q_desc.load([b, start, 2 * h * D]).reshape(BM, D)
+    q2 = q_desc.load([b, start, (2 * h + 1) * D]).reshape(BM, D)
+    low, zero = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    state = (low, zero, tl.zeros([BM, DV], tl.float32), low, zero, tl.zeros([BM, DV], tl.float32))
+    whole = start // BN * BN  # the keys before it are seen by all of these queries
+    g = h // GROUP
+    state = _forward_blocks(state, q1, q2, k_desc, v_desc, b, g, 0, whole, row, scale, KEYS, D, DV, BN, False)
+    state = _forward_blocks(state, q1, q2, k_desc, v_desc, b, g, whole, start + BM, row, scale, KEYS, D, DV, BN, True)
+    top1, total1, values1, top2, total2, values2 = state
+    inside, place = row < T, pair.to(tl.int64) * T + row
+    second = values2 / total2[:, None]
+    out = values1 / total1[:, None] - tl.load(lam + place, mask=inside, other=0.0)[:, None] * second
+    out_desc.store([b, start, h * DV], out.to(out_desc.dtype).reshape(1, BM, DV))
+    second_desc.store([b, start, h * DV], second.to(second_desc.dtype).reshape(1, BM, DV))
+    tl.store(log_totals + place, top1 + tl.log2(total1), mask=inside)
+    tl.store(log_totals + pairs * T + place, top2 + tl.log2(total2), mask=inside)
+
+
+@triton.jit
+def _weights(scores, log_total, row, column, scale: tl.constexpr, MASK: tl.constexpr):
+    """Attention probabilities again, from scores and the log2 of what they were divided by."""
+    weights = tl.exp2(scores * scale - log_total)
+    return tl.where(row >= column, weights, 0.0) if MASK else weights
+
+
+@triton.jit
+def _key_blocks(
+    dk1, dk2, dv, k1, k2, v, q_desc, grad_desc, lam, log_totals, dots, b, h, T, pairs, first, stop, column,
+    scale: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """Everything is transposed, keys x queries."""
+    place = (b * N + h).to(tl.int64) * T
+    for start in tl.range(first, stop, BM):
+        row = start + tl.arange(0, BM)
+        inside, here, there = row < T, place + row, pairs * T + place + row
+        q1 = q_desc.load([b, start, 2 * h * D]).reshape(BM, D)
+        q2 = q_desc.load([b, start, (2 * h + 1) * D]).reshape(BM, D)
+        grad = grad_desc.load([b, start, h * DV]).reshape(BM, DV)
+        log1 = tl.load(log_totals + here, mask=inside, other=float("inf"))  # no weights beyond the last query
+        log2 = tl.load(log_totals + there, mask=inside, other=float("inf"))
+        w1 = _weights(tl.dot(k1, q1.T), log1[None, :], row[None, :], column[:, None], scale, MASK).to(k1.dtype)
+        w2 = _weights(tl.dot(k2, q2.T), log2[None, :], row[None, :], column[:, None], scale, MASK)
+        w2 = (w2 * tl.load(lam + here, mask=inside, other=0.0)[None, :]).to(k1.dtype)
+        dp = tl.dot(v, grad.T)
+        dv = tl.dot((w1 - w2).to(grad.dtype), grad, dv)
+        d1 = tl.load(dots + here, mask=inside, other=0.0)
+        d2 = tl.load(dots + there, mask=inside, other=0.0)
+        dk1 = tl.dot((w1.to(tl.float32) * (dp - d1[None, :])).to(k1.dtype), q1, dk1)
+        ds2 = (w2.to(tl.float32) * (d2[None, :] - dp)).to(k1.dtype)
+        if KEYS == 1:
+            dk1 = tl.dot(ds2, q2, dk1)
+        else:
+            dk2 = tl.dot(ds2, q2, dk2)
+    return dk1, dk2, dv
+
+
+@triton.jit(do_not_specialize=["T"])
+def _key_gradient_kernel(
+    q_desc, k_desc, v_desc, grad_desc, dk_desc, dv_desc, lam, log_totals, dots, T, pairs,
+    SCALE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program for BN keys and values of a group, those that most queries see first."""
+    blocks, G = tl.cdiv(T, BN), N // GROUP
+    group, start = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BN
+    b, g = group // G, group % G
+    column = start + tl.arange(0, BN)
+    scale: tl.constexpr = SCALE * LOG2E
+    k1, k2 = _key_pair(k_desc, b, start, g, KEYS, D, BN)
+    v = v_desc.load([b, start, g * DV]).reshape(BN, DV)
+    dk1, dv = tl.zeros([BN, D], tl.float32), tl.zeros([BN, DV], tl.float32)
+    dk2 = tl.zeros([BN, D], tl.float32)
+    first, whole = start // BM * BM, tl.cdiv(start + BN, BM) * BM  # queries from `whole` on see all of these keys
+    for h in range(g * GROUP, (g + 1) * GROUP):
+        dk1, dk2, dv = _key_blocks(
+            dk1, dk2, dv, k1, k2, v, q_desc, grad_desc, lam, log_totals, dots, b, h, T, pairs,
+            first, tl.minimum(whole, T), column, scale, N, KEYS, D, DV, BM, True,
+        )  # fmt: skip
+        dk1, dk2, dv = _key_blocks(
+            dk1, dk2, dv, k1, k2, v, q_desc, grad_desc, lam, log_totals, dots, b, h, T, pairs,
+            whole, T, column, scale, N, KEYS, D, DV, BM, False,
+        )  # fmt: skip
+    dk_desc.store([b, start, KEYS * g * D], (dk1 * SCALE).to(dk_desc.dtype).reshape(1, BN, D))
+    if KEYS == 2:
+        dk_desc.store([b, start, (KEYS * g + 1) * D], (dk2 * SCALE).to(dk_desc.dtype).reshape(1, BN, D))
+    dv_desc.store([b, start, g * DV], dv.to(dv_desc.dtype).reshape(1, BN, DV))
+
+
+@triton.jit
+def _query_blocks(
+    dq1, dq2, q1, q2, grad, log1, log2, d1, d2, k_desc, v_desc, b, g, first, stop, row,
+    scale: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(first, stop, BN):
+        column = start + tl.arange(0, BN)
+        k1, k2 = _key_pair(k_desc, b, start, g, KEYS, D, BN)
+        v = v_desc.load([b, start, g * DV]).reshape(BN, DV)
+        scores1, scores2 = tl.dot(q1, k1.T), tl.dot(q2, k2.T)
+        dp = tl.dot(grad, v.T)
+        w1 = _weights(scores1, log1[:, None], row[:, None], column[None, :], scale, MASK)
+        dq1 = tl.dot((w1 * (dp - d1[:, None])).to(k1.dtype), k1, dq1)
+        w2 = _weights(scores2, log2[:, None], row[:, None], column[None, :], scale, MASK)
+        dq2 = tl.dot((w2 * (d2[:, None] - dp)).to(k1.dtype), k2, dq2)
+    return dq1, dq2
+
+
+@triton.jit(do_not_specialize=["T"])
+def _query_gradient_kernel(
+    q_desc, k_desc, v_desc, grad_desc, dq_desc, lam, log_totals, dots, T, pairs,
+    SCALE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program for BM queries of a pair, the longest first."""
+    blocks = tl.cdiv(T, BM)
+    pair, start = tl.program_id(0) // blocks, (blocks - 1 - tl.program_id(0) % blocks) * BM
+    b, h = pair // N, pair % N
+    row = start + tl.arange(0, BM)
+    scale: tl.constexpr = SCALE * LOG2E
+    q1 = q_desc.load([b, start, 2 * h * D]).reshape(BM, D)
+    q2 = q_desc.load([b, start, (2 * h + 1) * D]).reshape(BM, D)
+    grad = grad_desc.load([b, start, h * DV]).reshape(BM, DV)
+    inside, here = row < T, pair.to(tl.int64) * T + row
+    there = pairs * T + here
+    log1 = tl.load(log_totals + here, mask=inside, other=float("inf"))
+    log2 = tl.load(log_totals + there, mask=inside, other=float("inf"))
+    d1 = tl.load(dots + here, mask=inside, other=0.0)
+    d2 = tl.load(dots + there, mask=inside, other=0.0)
+    dq1, dq2 = tl.zeros([BM, D], tl.float32), tl.zeros([BM, D], tl.float32)
+    whole, g = start // BN * BN, h // GROUP
+    dq1, dq2 = _query_blocks(
+        dq1, dq2, q1, q2, grad, log1, log2, d1, d2, k_desc, v_desc, b, g, 0, whole, row,
+        scale, KEYS, D, DV, BN, False,
+    )  # fmt: skip
+    dq1, dq2 = _query_blocks(
+        dq1, dq2, q1, q2, grad, log1, log2, d1, d2, k_desc, v_desc, b, g, whole, start + BM, row,
+        scale, KEYS, D, DV, BN, True,
+    )  # fmt: skip
+    dq2 *= tl.load(lam + here, mask=inside, other=0.0)[:, None]
+    dq_desc.store([b, start, 2 * h * D], (dq1 * SCALE).to(dq_desc.dtype).reshape(1, BM, D))
+    dq_desc.store([b, start, (2 * h + 1) * D], (dq2 * SCALE).to(dq_desc.dtype).reshape(1, BM, D))
+
+
+def _describe(x, tokens):
+    """x (B, T, heads, width) as (B, T, heads * width), which the GPU copies by itself, `tokens` of a head at a time."""
+    B, T, heads, width = x.shape
+    return TensorDescriptor(x, [B, T, heads * width], [T * heads * width, heads * width, 1], [1, tokens, width])
+
+
+def _shape(q, k, v):
+    """What all three kernels are told."""
+    (B, T, H, D), G, Dv = q.shape, v.size(2), v.size(3)
+    N = H // 2
+    return dict(T=T, pairs=B * N, SCALE=D**-0.5, N=N, GROUP=N // G, KEYS=k.size(2) // G, D=D, DV=Dv)
+
+
+@torch.library.custom_op("ldiff::differential_attention", mutates_args=())
+def _differential_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lam: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output, O2 (B, T, N, Dv) each, and the log2 totals of both maps (2, B, N, T); lam is (B, N, T) float32."""
+    BM, BN = FORWARD["BM"], FORWARD["BN"]
+    out, second, log_totals = _forward_results(q, k, v, lam)
+    shape = _shape(q, k, v)
+    _forward_kernel[(triton.cdiv(q.size(1), BM) * shape["pairs"],)](
+        _describe(q, BM), _describe(k, BN), _describe(v, BN), _describe(out, BM), _describe(second, BM), lam,
+        log_totals, **shape, **FORWARD,
+    )  # fmt: skip
+    return out, second, log_totals
+
+
+@_differential_attention.register_fake
+def _forward_results(q, k, v, lam):
+    B, T, H, _ = q.shape
+    out, second = (v.new_empty(B, T, H // 2, v.size(3)) for _ in range(2))
+    return out, second, lam.new_empty(2, *lam.shape)
+
+
+@torch.library.custom_op("ldiff::differential_attention_backward", mutates_args=())
+def _differential_attention_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lam: torch.Tensor,
+    log_totals: torch.Tensor, dots: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    dq, dk, dv = _backward_results(grad, q, k, v, lam, log_totals, dots)
+    T, shape, rows = q.size(1), _shape(q, k, v), (lam, log_totals, dots)
+    BM, BN = KEY_GRADIENT["BM"], KEY_GRADIENT["BN"]
+    _key_gradient_kernel[(triton.cdiv(T, BN) * v.size(0) * v.size(2),)](
+        _describe(q, BM), _describe(k, BN), _describe(v, BN), _describe(grad, BM), _describe(dk, BN),
+        _describe(dv, BN), *rows, **shape, **KEY_GRADIENT,
+    )  # fmt: skip
+    BM, BN = QUERY_GRADIENT["BM"], QUERY_GRADIENT["BN"]
+    _query_gradient_kernel[(triton.cdiv(T, BM) * shape["pairs"],)](
+        _describe(q, BM), _describe(k, BN), _describe(v, BN), _describe(grad, BM), _describe(dq, BM), *rows, **shape,
+        **QUERY_GRADIENT,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@_differential_attention_backward.register_fake
+def _backward_results(grad, q, k, v, lam, log_totals, dots):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate(ctx, grad, *unused):
+    q, k, v, lam, out, second, log_totals = ctx.saved_tensors
+    d2 = (grad.float() * second).sum(-1).transpose(1, 2)  # (B, N, T)
+    d1 = (grad.float() * out).sum(-1).transpose(1, 2) + lam * d2
+    dots = torch.stack((d1, d2))
+    return *_differential_attention_backward(grad.contiguous(), q, k, v, lam, log_totals, dots), -d2
+
+
+_differential_attention.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+def differential_attention(q, k, v, lam):
+    """Causal A1 V - lam A2 V, where heads 2i and 2i + 1 of q make the maps of pair i.
+
+    q (B, T, 2N, D), k (B, T, G or 2G, D), v (B, T, G, Dv), lam broadcast to (B, T, N) -> (B, T, N, Dv). With 2G key
+    heads, map m of the pairs in group g reads key head 2g + m; with G, both read key head g. D and Dv are powers of 2
+    from 16 on, Dv at most 128.
+    """
+    B, T, H, _ = q.shape
+    lam = lam.float().expand(B, T, H // 2).transpose(1, 2).contiguous()
+    return _differential_attention(q.contiguous(), k.contiguous(), v.contiguous(), lam)[0]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Attention of one new token
+
+
+def decode_attention(q, k, v, position):
+    """What model.decode_attention says. Every program reads one part of the context, since a few long sequences would
+    leave most of a GPU idle."""
+    B, _, H, D = q.shape
+    S, K, G, Dv = k.size(1), k.size(2), v.size(2), v.size(3)
+    programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count  # one loads while another waits
+    splits = min(triton.cdiv(S, 64), max(1, programs // (B * G)))
+    parts = torch.empty(B, H, splits, Dv, device=q.device)
+    log_totals = torch.empty(B, H, splits, device=q.device)
+    _decode_kernel[(B * G, splits)](
+        q.contiguous(), k, v, parts, log_totals, position, D**-0.5, S, G,
+        QUERIES=H // G, KEYS=K // G, D=D, KEY_WIDTH=max(16, triton.next_power_of_2(K // G * D)),
+        DV=Dv, VALUE_WIDTH=max(16, triton.next_power_of_2(Dv)), ROWS=max(16, triton.next_power_of_2(H // G)),
+        BLOCK=64 if Dv <= 128 else 32,
+    )  # fmt: skip
+    weights = torch.softmax(log_totals, dim=-1).unsqueeze(-1)
+    return (parts * weights).sum(2).type_as(q).unsqueeze(1)
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, parts, log_totals, position, scale, S, G,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, KEY_WIDTH: tl.constexpr,
+    DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for a value head of a sequence and a part of its context: the softmax-weighted values there of
+    the QUERIES that read it, and the log of the sum that they are divided by.
+
+    V1's value head has two key heads. They are read as one that is twice as wide, by queries with zeros in the half
+    that is not theirs, so that values are read once.
+    """
+    sequence, group, part = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G, tl.program_id(1)
+    length, splits = tl.load(position) + 1, tl.num_programs(1)
+    share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
+    start = part * share
+    stop = tl.minimum(start + share, length)
+    row, key_column, column = tl.arange(0, ROWS), tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
+    head = (sequence * G + group) * QUERIES + row
+    own_half = (key_column // D)[None, :] == (row // (QUERIES // KEYS))[:, None]
+    q_mask = own_half & (row < QUERIES)[:, None]
+    query = tl.load(q + head[:, None] * D + (key_column % D)[None, :], mask=q_mask, other=0.0)  # (ROWS, KEY_WIDTH)
+    k += (sequence * S * G + group) * KEYS * D
+    v += (sequence * S * G + group) * DV
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    values = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
+    for first in range(start, stop, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        k_mask = (token < stop)[None, :] & (key_column < KEYS * D)[:, None]
+        keys = tl.load(k + token[None, :] * (G * KEYS * D) + key_column[:, None], mask=k_mask, other=0.0)
+        scores = (tl.dot(query, keys) * scale).to(tl.float32)  # (ROWS, BLOCK)
+        scores = tl.where((token < stop)[None, :], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        probabilities = tl.exp(scores - new_top[:, None])
+        v_mask = (token < stop)[:, None] & (column < DV)[None, :]
+        block = tl.load(v + token[:, None] * (G * DV) + column[None, :], mask=v_mask, other=0.0)
+        fade = tl.exp(top - new_top)
+        total = total * fade + tl.sum(probabilities, 1)
+        values = values * fade[:, None] + tl.dot(probabilities.to(block.dtype), block)
+        top = new_top
+    out = head * splits + part
+    tl.store(log_totals + out, top + tl.log(total), mask=row < QUERIES)  # -inf where a part is empty
+    mean = values / tl.where(total > 0, total, 1.0)[:, None]
+    out_mask = (row < QUERIES)[:, None] & (column < DV)[None, :]
+    tl.store(parts + out[:, None] * DV + column[None, :], mean, mask=out_mask)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The loss
+
+
+def cross_entropy_(logits, targets):
+    """What model.cross_entropy_ says."""
+    M, V = logits.shape
+    losses = torch.empty(M, device=logits.device)
+    _cross_entropy_kernel[(M,)](logits, targets.contiguous(), losses, V, BLOCK=4096, num_warps=16)
+    return losses
+
+
+@triton.jit
+def _cross_entropy_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
+    """One program a row: one pass for the logarithm of the sum of exponentials, one for the gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * V
+    target = tl.load(targets + row)
+    learned = tl.where(target == -100, 0.0, 1.0)
+    inside = (target >= 0) & (target < V)
+    at_target = tl.load(logits + target, mask=inside, other=0.0).to(tl.float32)
+    top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)  # of every lane; no inf - inf
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        # The row is to be in the cache still when the second pass comes.
+        x = tl.load(logits + column, mask=column < V, other=-float("inf"), eviction_policy="evict_last")
+        x = x.to(tl.float32)
+        new_top = tl.maximum(top, x)
+        total = total * tl.exp(top - new_top) + tl.exp(x - new_top)
+        top = new_top
+    highest = tl.max(top)
+    log_total = highest + tl.log(tl.sum(total * tl.exp(top - highest)))
+    known = inside | (target == -100)
+    tl.store(losses + row, tl.where(known, (log_total - at_target) * learned, float("nan")))
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, mask=column < V, eviction_policy="evict_first").to(tl.float32)
+        gradient = (tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)) * learned
+        tl.store(logits + column, gradient, mask=column < V, eviction_policy="evict_first")
