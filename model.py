@@ -116,7 +116,7 @@ def gpu_generation(device):
 
 def has_difference_kernel(q, v, impl):
     """True where one kernel for both maps beats attention() and a subtraction: on Hopper, as far as it was measured."""
-    if kernels is None or impl != "auto" or not q.is_cuda or q.dtype not in HALF or q.size(1) > 8192:
+    if kernels is None or impl != "auto" or not q.is_cuda or q.dtype not in HALF or q.size(1) > 4096:
         return False
     return gpu_generation(q.device) == (9, 0) and {q.size(-1), v.size(-1)} <= {16, 32, 64, 128}
 

@@ -2,6 +2,9 @@
 
 python -m bench.attention                          # every implementation at 2048, 8192 and 32768 tokens
 python -m bench.attention --length 4096 --impl sdpa naive
+
+V1 and V2 are measured without the subtraction, but for `fused`, the kernel that contains it. TFLOP/s are those of the
+multiplications that attention to both maps takes when they are not fused.
 """
 
 import itertools
@@ -10,11 +13,12 @@ import torch
 
 from bench import SMOKE, Table, batch_size, count, fresh_memory, median_ms, model_config, parse_arguments, peak_gib
 from data import UserError, run_script
-from model import ATTENTION, ATTENTION_IMPLS, attention, flash_attn_func
+from model import ATTENTION, attention, flash_attn_func, gpu_generation, kernels
 
+IMPLS = ("fused", "sdpa", "flash_attn", "naive")
 FLAGS = dict(
     attn=dict(nargs="+", default=list(ATTENTION), choices=list(ATTENTION), help="kinds of attention"),
-    impl=dict(nargs="+", default=["sdpa", "flash_attn", "naive"], choices=ATTENTION_IMPLS, help="implementations"),
+    impl=dict(nargs="+", default=list(IMPLS), choices=[*IMPLS, "auto"], help="implementations"),
     length=dict(nargs="+", type=count, default=[2048, 8192, 32768], help="context lengths"),
     tokens=dict(type=count, default=65536, help="tokens in all; the batch is tokens / length"),
 )
@@ -34,13 +38,20 @@ def random_qkv(attn, length, arguments, device):
     return [torch.randn(B, length, n, width, **options) for n, width in heads]
 
 
+def attend(q, k, v, lam, impl):
+    if impl == "fused":
+        return kernels.differential_attention(q, k, v, lam)
+    return attention(q, k, v, causal=True, impl=impl)
+
+
 def measure(attn, impl, length, arguments, device):
     fresh_memory(device)
     q, k, v = random_qkv(attn, length, arguments, device)
+    lam = torch.rand(q.size(0), length, q.size(2) // 2, device=device, dtype=q.dtype)
     few = SMOKE if arguments.smoke else {}
     with torch.no_grad():
-        forward_ms = median_ms(lambda: attention(q, k, v, causal=True, impl=impl), device, **few)
-    y = attention(q, k, v, causal=True, impl=impl)
+        forward_ms = median_ms(lambda: attend(q, k, v, lam, impl), device, **few)
+    y = attend(q, k, v, lam, impl)
     upstream = torch.randn_like(y)
 
     def backward():
@@ -58,13 +69,18 @@ def main():
     arguments, device = parse_arguments("attention", __doc__, **FLAGS)
     if arguments.smoke:
         arguments.tokens, arguments.length = 256, [64, 128]
-    if flash_attn_func is None or device.type != "cuda":
-        print("flash_attn needs its package and a GPU: left out")
-        arguments.impl = [impl for impl in arguments.impl if impl != "flash_attn"]
+    on_gpu = device.type == "cuda"
+    usable = {"flash_attn": flash_attn_func is not None and on_gpu}
+    usable["fused"] = kernels is not None and on_gpu and gpu_generation(device) == (9, 0)
+    if missing := [impl for impl in arguments.impl if not usable.get(impl, True)]:
+        print(f"left out: {', '.join(missing)} (flash_attn needs its package and a GPU, fused Triton and Hopper)")
+        arguments.impl = [impl for impl in arguments.impl if impl not in missing]
     if not arguments.impl:
         raise UserError("no implementation is left to measure")
     table = Table("attention", arguments, device)
     for length, attn, impl in itertools.product(arguments.length, arguments.attn, arguments.impl):
+        if (attn, impl) == ("vanilla", "fused"):
+            continue
         table.add(dict(attn=attn, impl=impl, T=length), measure, attn, impl, length, arguments, device)
 
 

@@ -7,6 +7,7 @@ Prints the tables as Markdown, writes the pictures to docs/.
 """
 
 import csv
+import json
 import statistics
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def read_seeds(logs, runs, prefix):
 
 def smooth(values, width=20):
     """Means over windows of `width` steps."""
-    width = min(width, len(values))
+    width = min(width, len(values) // 4 or 1)
     return np.convolve(values, np.ones(width) / width, mode="valid")
 
 
@@ -194,6 +195,98 @@ def lambdas(logs, runs, folder):
     save(figure, folder / "lambdas.png")
 
 
+# ---------------------------------------------------------------------------------------------------
+# Inside the models: where they look, and how loud what they read is (bench.probes)
+
+
+def read_probes(logs, runs):
+    """For each kind of attention what bench.probes found, of every seed."""
+    names = [name for name in runs if name.startswith("corpus/")]
+    found = [json.loads(log_path(logs, name).with_suffix(".json").read_text(encoding="utf-8")) for name in names]
+    return {attn: [probe for probe in found if probe["attn"] == attn] for attn in ATTENTION}
+
+
+def inside(logs, runs, folder):
+    probes = read_probes(logs, runs)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    for attn, seeds in probes.items():
+        panels = (
+            [probe["needle"]["weights"]["answer"] for probe in seeds],
+            [probe["sink"]["weights"] for probe in seeds],
+            [probe["context_rms"]["weights"]["mean"] for probe in seeds],
+        )
+        for axis, values in zip(axes, panels):
+            axis.plot(np.mean(values, axis=0), "o-", color=COLORS[attn], label=attn, markersize=3)
+        lowest = np.min([probe["context_rms"]["weights"]["minimum"] for probe in seeds], axis=0)
+        axes[2].plot(lowest, ":", color=COLORS[attn], label=f"{attn}, lowest")
+    one = probes["vanilla"][0]
+    axes[0].axhline(one["answer_tokens"] / one["length"], color="lightgray", zorder=0, label="if uniform")
+    axes[2].axhline(one["context_rms"]["bound"], color="lightgray", zorder=0, label="least of a softmax, 1/sqrt(n)")
+    axes[0].set(xlabel="layer", title="share of attention on the answer", yscale="log")
+    axes[1].set(xlabel="layer", title="share of attention on the first token")
+    axes[2].set(xlabel="layer", title="norm of the weights of a query", yscale="log")
+    for axis in axes:
+        axis.legend(fontsize=7)
+    save(figure, folder / "attention.png")
+    print_table("Needles: shares of the last token's attention, mean over layers and heads", needle_rows(probes))
+    print_table("Norm of a query's weights (the RMS it reads from uncorrelated values of RMS 1)", norm_rows(probes))
+
+
+def needle_rows(probes):
+    rows = []
+    for attn, seeds in probes.items():
+        for kind in seeds[0]["needle"]:
+            parts = [probe["needle"][kind] for probe in seeds]
+            row = {"attn": attn, "weights": "both maps" if kind == "weights" and attn != "vanilla" else kind}
+            for part in ("answer", "others", "first_token", "rest"):
+                row[part.replace("_", " ")] = spread([np.mean(shares[part]) for shares in parts], 4)
+            row["answer, best head"] = spread([shares["best_head"]["answer"] for shares in parts])
+            recall = [probe["retrieval"]["accuracy"] for probe in seeds]
+            row["right number likeliest"] = spread(recall, 2) if kind == "weights" else ""
+            rows.append(row)
+    return rows
+
+
+def norm_rows(probes):
+    rows = []
+    for attn, seeds in probes.items():
+        norms = [probe["context_rms"] for probe in seeds]
+        row = {"attn": attn, "least of a softmax": f"{norms[0]['bound']:.4f}"}
+        for kind, text in (
+            ("first", "first map alone"),
+            ("weights", "what counts"),
+            ("output", "output RMS / values'"),
+        ):
+            if kind in norms[0]:
+                row[f"{text}: mean"] = spread([np.mean(norm[kind]["mean"]) for norm in norms])
+                row[f"{text}: lowest"] = f"{min(min(norm[kind]['minimum']) for norm in norms):.4f}"
+            else:
+                row |= {f"{text}: mean": "", f"{text}: lowest": ""}
+        rows.append(row)
+    return rows
+
+
+def maps(logs, runs, folder):
+    """The two maps and their difference of two heads each of V1 and V2, for one sentence."""
+    heads = [
+        (attn, head, seeds[0]["sentence"]["tokens"])
+        for attn, seeds in read_probes(logs, runs).items()
+        for head in seeds[0]["sentence"]["heads"][:2]
+    ]
+    figure, axes = plt.subplots(len(heads), 3, figsize=(12, 4 * len(heads)))
+    for row, (attn, head, tokens) in zip(axes, heads):
+        kinds = ("first", "second", "difference")
+        for axis, kind in zip(row, kinds):
+            values = np.array(head[kind])
+            axis.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+            axis.set(xticks=range(len(tokens)), yticks=range(len(tokens)))
+            axis.set_xticklabels(tokens, rotation=90, fontsize=6)
+            axis.set_yticklabels(tokens, fontsize=6)
+            title = kind if kind != "difference" else f"first - {head['factor']:.2f} second (of the last token)"
+            axis.set_title(f"{attn}, layer {head['layer']}, head {head['head']}: {title}", fontsize=8)
+    save(figure, folder / "maps.png")
+
+
 def save(figure, path):
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -207,7 +300,7 @@ def main():
     arguments, runs = parse(parser)
     folder = Path("out/smoke" if arguments.smoke else arguments.pictures)
     make_missing(runs, arguments)
-    for draw in (curves, tuning, stability, lambdas):
+    for draw in (curves, tuning, stability, lambdas, inside, maps):
         draw(arguments.logs, runs, folder)
     held_out(arguments.logs, runs)
 

@@ -9,6 +9,8 @@ An interrupted run goes on from its checkpoint in out/runs. The larger corpus is
 
 import csv
 import fnmatch
+import itertools
+import json
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -21,9 +23,11 @@ import dpo
 import sft
 import train
 from bench import fresh_memory
+from bench.probes import probe, sentence_maps
 from data import Parser, UserError, run_script
 from model import ATTENTION
 
+SENTENCE = "The dog that chased the cat up the tree sat down under the tree, and the cat looked down at the dog."
 KEPT = ("step", "loss", "grad_norm", "accuracy", "margin", "val_loss", "val_accuracy", "val_margin")  # of a log.csv
 LEARNING_RATES = (6e-4, 2e-3, 6e-3)
 
@@ -77,60 +81,65 @@ class WithoutMethods(Recorded):
 
 @dataclass
 class Planned:
-    """A run to be made: its class and settings, and whether its best.pt is wanted afterwards."""
+    """A run to be made: its class and settings; whether its best.pt is wanted afterwards; and in how many texts its
+    attention is looked at in the end."""
 
     kind: type
     settings: train.CommonSettings
     keep: bool = False
+    texts: int = 0
 
 
-def planned_runs(corpus, out, device, smoke):
+SHORT = dict(batch_size=8, micro_batch_size=8, max_steps=1000, eval_interval=50, save_interval=500)
+LONG = dict(batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=250, save_interval=500)
+BARE = dict(kind=WithoutMethods, compile="off", learning_rate=6e-4)
+
+
+def pretraining(attn, kind=Recorded, keep=False, texts=0, **settings):
+    shape = {**train.SHAPES["ldiff", attn], "preset": "ldiff", "attn": attn}
+    return Planned(kind, train.Settings(**shape, **settings), keep, texts)
+
+
+def planned_runs(corpus, out):
     """{name: Planned}. Three seeds where curves are compared, two where final losses are."""
-    seeds, small = ((1,), (1,)) if smoke else ((1, 2, 3), (1, 2))
-    few = dict(batch_size=8, micro_batch_size=8, max_steps=1000, eval_interval=50, save_interval=500)
-    many = dict(batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=250, save_interval=500)
-    tuning = dict(eval_interval=100, save_interval=1000, device=device)
-    if smoke:
-        corpus = "tiny"
-        few = many = dict(batch_size=2, micro_batch_size=2, max_steps=4, eval_interval=2, eval_windows=2)
-        tuning |= dict(max_steps=4, batch_size=2, eval_examples=4, warmup_steps=1)
-
-    def pretraining(attn, kind=Recorded, keep=False, **changes):
-        preset = "tiny" if smoke else "ldiff"
-        shape = {**train.PRESETS[preset], **train.SHAPES[preset, attn], "preset": preset, "attn": attn}
-        warmup = 2 if smoke else 200
-        return Planned(kind, train.Settings(**{**shape, "device": device, "warmup_steps": warmup, **changes}), keep)
-
-    wikitext = "tiny" if smoke else "wikitext2"
-    bare = dict(kind=WithoutMethods, compile="off", dataset=wikitext, learning_rate=6e-4)
     runs = {}
-    for seed in seeds:
-        runs[f"curves/vanilla-bare-{seed}"] = pretraining("vanilla", seed=seed, attn_impl="naive", **bare, **few)
-        runs[f"curves/v1-bare-{seed}"] = pretraining("v1", seed=seed, **bare, **few)
+    for seed in (1, 2, 3):
+        runs[f"curves/vanilla-bare-{seed}"] = pretraining("vanilla", seed=seed, attn_impl="naive", **BARE, **SHORT)
+        runs[f"curves/v1-bare-{seed}"] = pretraining("v1", seed=seed, **BARE, **SHORT)
         for attn in ATTENTION:
-            runs[f"curves/{attn}-{seed}"] = pretraining(attn, seed=seed, dataset=wikitext, **few)
-    for seed in small:
-        for attn in ATTENTION:
-            runs[f"corpus/{attn}-{seed}"] = pretraining(attn, keep=True, seed=seed, dataset=corpus, **many)
-    for attn in ATTENTION:
-        for rate in LEARNING_RATES:
-            runs[f"rates/{attn}-{rate:g}"] = pretraining(attn, learning_rate=rate, dataset=corpus, **few)
-    tuning |= dict(preset="tiny" if smoke else "ldiff", attn="v2")
-    data = ("tiny", "tiny") if smoke else (sft.Settings.dataset, dpo.Settings.dataset)
-    base, tuned = f"{out}/corpus/v2-1/best.pt", f"{out}/sft/best.pt"
-    runs["sft"] = Planned(sft.SFT, sft.Settings(**tuning, dataset=data[0], init_from=base), keep=True)
-    runs["dpo"] = Planned(dpo.DPO, dpo.Settings(**tuning, dataset=data[1], init_from=tuned))
+            runs[f"curves/{attn}-{seed}"] = pretraining(attn, seed=seed, **SHORT)
+    for seed, attn in itertools.product((1, 2), ATTENTION):
+        keep = (attn, seed) == ("v2", 1)  # SFT begins with it
+        runs[f"corpus/{attn}-{seed}"] = pretraining(attn, keep=keep, texts=64, seed=seed, dataset=corpus, **LONG)
+    for attn, rate in itertools.product(ATTENTION, LEARNING_RATES):
+        runs[f"rates/{attn}-{rate:g}"] = pretraining(attn, learning_rate=rate, dataset=corpus, **SHORT)
+    tuning = dict(preset="ldiff", attn="v2", save_interval=1000)
+    pretrained, tuned = f"{out}/corpus/v2-1/best.pt", f"{out}/sft/best.pt"
+    runs["sft"] = Planned(sft.SFT, sft.Settings(**tuning, init_from=pretrained), keep=True)
+    runs["dpo"] = Planned(dpo.DPO, dpo.Settings(**tuning, init_from=tuned))
     return runs
+
+
+def shrunk(plan):
+    """The same run in a few seconds on any machine."""
+    few = dict(preset="tiny", dataset="tiny", batch_size=2, micro_batch_size=2, max_steps=4, eval_interval=2)
+    few |= dict(warmup_steps=1)
+    if isinstance(plan.settings, train.Settings):
+        few |= {**train.SHAPES["tiny", plan.settings.attn], "block_size": 256, "n_layer": 4, "n_embd": 192}
+        few |= dict(eval_windows=2)
+    else:
+        few |= dict(eval_examples=4)
+    return replace(plan, settings=replace(plan.settings, **few), texts=min(plan.texts, 2))
 
 
 # ---------------------------------------------------------------------------------------------------
 # Making one
 
 
-def make(plan, folder, log):
+def make(plan, folder, log, device):
     """Carry out a run in `folder`, or the rest of it, and write `log`, what is kept of its log.csv."""
     resume = (folder / "ckpt.pt").exists()
-    settings = replace(plan.settings, out_dir=str(folder), resume=resume)
+    settings = replace(plan.settings, out_dir=str(folder), resume=resume, device=device)
     start = train.load_checkpoint(folder / "ckpt.pt") if resume else None
     if not resume and settings.init_from:
         start = train.load_checkpoint(settings.init_from)
@@ -143,10 +152,22 @@ def make(plan, folder, log):
         if "not finite" not in str(error):
             raise
         print(f"{folder}: {error}")
-    keep_log(folder, log)
+    if plan.texts:
+        look_inside(run, plan.texts, log.with_suffix(".json"))
+    keep_log(folder, log)  # last, for it marks the run as done
     (folder / "ckpt.pt").unlink(missing_ok=True)
     if not plan.keep:
         shutil.rmtree(folder)
+
+
+def look_inside(run, texts, path):
+    """Write what bench.probes finds in a run's model, with held-out text around its needles."""
+    tokens = torch.cat([inputs.flatten() for inputs, _ in run.val_batches]).numpy()
+    found = probe(run.model, run.encoding, tokens, run.settings.block_size, texts)
+    with train.autocast(run.device), torch.no_grad():
+        found["sentence"] = sentence_maps(run.model, run.encoding, SENTENCE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def keep_log(folder, path):
@@ -183,7 +204,7 @@ def make_missing(runs, arguments):
         if not log.exists():
             print(f"\n{name}:")
             fresh_memory(device)
-            make(plan, Path(arguments.out) / name, log)
+            make(plan, Path(arguments.out) / name, log, arguments.device)
 
 
 def add_flags(parser):
@@ -195,12 +216,15 @@ def add_flags(parser):
 
 
 def parse(parser):
-    """The arguments, and the runs that they are about."""
+    """The arguments, and the runs that they are about; in a smoke test, those of the first seed."""
     arguments = parser.parse_args()
     if arguments.smoke:
         shutil.rmtree("out/smoke", ignore_errors=True)
         arguments.out, arguments.logs = "out/smoke/runs", "out/smoke/logs"
-    return arguments, planned_runs(arguments.corpus, arguments.out, arguments.device, arguments.smoke)
+    runs = planned_runs(arguments.corpus, arguments.out)
+    if arguments.smoke:
+        runs = {name: shrunk(plan) for name, plan in runs.items() if not name.endswith(("-2", "-3"))}
+    return arguments, runs
 
 
 def main():

@@ -1,0 +1,154 @@
+"""bench/runs.py and bench/figures.py: the runs behind the report's figures, and what is read from their logs."""
+
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from bench import figures, runs
+from data import UserError
+from data.dataset import write_dataset
+
+SHAPE = dict(preset="tiny", block_size=32, n_layer=2, n_embd=32, n_head=2, head_dim=16, n_inner=48, device="cpu")
+FEW = dict(batch_size=2, micro_batch_size=1, max_steps=6, warmup_steps=2, eval_interval=2, eval_windows=2)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    text = "".join(map(chr, np.random.default_rng(1).integers(97, 123, size=4000)))
+    write_dataset(tmp_path / "text", {"train": [text], "val": [text[:1000]]}, "bytes", "a test")
+
+    def make(kind=runs.Recorded, attn="v2", **settings):
+        own = dict(attn=attn, dataset=f"{tmp_path}/text", save_interval=3, log_interval=1, out_dir=f"{tmp_path}/run")
+        return runs.Planned(kind, train.Settings(**{**SHAPE, **FEW, **own, **settings}))
+
+    return make
+
+
+def test_the_runs_are_those_of_the_report():
+    planned = runs.planned_runs("docs", "out/runs")
+    assert len(planned) == 5 * 3 + 3 * 2 + 3 * 3 + 2
+    for name, plan in planned.items():
+        s = plan.settings
+        tokens = s.batch_size * getattr(s, "block_size", 0)
+        if name.startswith(("curves/", "rates/")):
+            assert (tokens, s.max_steps, s.warmup_steps) == (8 * 2048, 1000, 200)
+        if name.startswith("corpus/"):
+            assert (tokens, s.max_steps, s.dataset) == (65536, 1500, "docs")
+        assert s.attn == ("v2" if name in ("sft", "dpo") else name.split("/")[1].split("-")[0])
+        assert plan.kind is runs.WithoutMethods if "bare" in name else plan.kind is not runs.WithoutMethods
+    naive = {name for name, plan in planned.items() if plan.settings.attn_impl == "naive"}
+    assert naive == {f"curves/vanilla-bare-{seed}" for seed in (1, 2, 3)}
+    assert planned["sft"].settings.max_steps == 1000 and planned["dpo"].settings.max_steps == 625
+    assert planned["corpus/v2-1"].keep and planned["sft"].keep  # of which SFT and DPO begin
+    assert planned["dpo"].settings.init_from == "out/runs/sft/best.pt"
+
+
+def test_a_run_without_the_methods(plan):
+    run = runs.WithoutMethods(plan(runs.WithoutMethods, learning_rate=1e-3).settings)
+    assert run.model.config.vocab_size == 257
+    assert [run.learning_rate(step) for step in (1, 6)] == [1e-3, 1e-3]
+    defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
+    assert {key: run.optimizer.param_groups[0][key] for key in ("betas", "weight_decay", "eps")} == {
+        key: defaults[key] for key in ("betas", "weight_decay", "eps")
+    }
+    inputs, targets = run.make_batch(1)[1][0]
+    expected = F.cross_entropy(run.model(inputs)[0].flatten(0, 1), targets.flatten()) / 2  # one of two micro-batches
+    torch.testing.assert_close(run.loss_of(inputs, targets)["loss"], expected)
+    usual = train.Pretraining(plan().settings)
+    assert usual.model.config.vocab_size == 320 and usual.learning_rate(1) < usual.learning_rate(2)
+
+
+def test_an_interrupted_run_has_the_same_log(plan, tmp_path, monkeypatch):
+    runs.make(plan(), tmp_path / "whole", tmp_path / "whole.csv", "cpu")
+    save = train.Run.save
+
+    def save_and_stop(run, step):
+        save(run, step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train.Run, "save", save_and_stop)
+        runs.make(plan(), tmp_path / "part", tmp_path / "part.csv", "cpu")
+    assert not (tmp_path / "part.csv").exists()
+    runs.make(plan(), tmp_path / "part", tmp_path / "part.csv", "cpu")
+    assert (tmp_path / "part.csv").read_text() == (tmp_path / "whole.csv").read_text()
+    assert not (tmp_path / "whole").exists()  # the log is all that is kept
+    log = figures.read_log(tmp_path, "whole")
+    assert log["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert log["lambdas"].shape == (6, 2) and np.isfinite(log["lambdas"][1::2]).all()
+    assert np.isnan(log["val_loss"][::2]).all() and np.isfinite(log["val_loss"][1::2]).all()
+
+
+def test_a_run_that_diverges_is_a_result_and_other_errors_are_not(plan, tmp_path, monkeypatch):
+    loss_of, count = train.Pretraining.loss_of, []
+
+    def diverging(run, *batch):
+        count.append(1)
+        return {"loss": loss_of(run, *batch)["loss"] * (float("nan") if len(count) > 6 else 1)}
+
+    monkeypatch.setattr(train.Pretraining, "loss_of", diverging)
+    runs.make(plan(), tmp_path / "run", tmp_path / "run.csv", "cpu")
+    log = figures.read_log(tmp_path, "run")
+    assert len(log["step"]) == 4 and np.isnan(log["loss"]).tolist() == [False, False, False, True]
+    with pytest.raises(UserError, match="no data set"):
+        runs.make(plan(dataset=f"{tmp_path}/none"), tmp_path / "run", tmp_path / "other.csv", "cpu")
+
+
+def test_only_missing_runs_are_made(plan, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(runs, "make", lambda plan, folder, log, device: made.append((folder.name, log.name)))
+    (tmp_path / "curves-a.csv").write_text("")
+    arguments = types.SimpleNamespace(logs=tmp_path, out=tmp_path, device="cpu")
+    runs.make_missing({"curves/a": plan(), "curves/b": plan()}, arguments)
+    assert made == [("b", "curves-b.csv")]
+
+
+def test_shrunk_runs_keep_what_they_are_about():
+    for name, plan in runs.planned_runs("docs", "out").items():
+        small = runs.shrunk(plan)
+        assert small.kind is plan.kind and small.settings.attn == plan.settings.attn and small.settings.max_steps == 4
+        assert replace(small.settings, init_from="").dataset == "tiny", name
+        assert small.settings.learning_rate == plan.settings.learning_rate
+
+
+def test_spikes_are_counted_against_the_median_before():
+    assert figures.spikes(np.ones(50)) == 0
+    norms = np.ones(300)
+    norms[[120, 250]] = 10.5
+    norms[200] = 9.9
+    assert figures.spikes(norms) == 2
+    risen = np.concatenate((np.ones(10), np.full(200, 20.0)))  # a new level is a spike until half the memory is on it
+    assert figures.spikes(risen) == 10
+    assert figures.spikes(np.array([1.0, 1.0, np.nan])) == 0
+
+
+def test_smoothing_and_spread():
+    assert figures.smooth(np.arange(100.0)) == pytest.approx(np.arange(81) + 9.5)
+    assert figures.smooth(np.array([1.0, 2.0])).tolist() == [1.0, 2.0]
+    assert figures.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and figures.spread([0.5], 1) == "0.5"
+
+
+def test_pictures_and_tables_of_all_runs(tmp_path, monkeypatch, capsys):
+    """From kept logs alone: no run is made again."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    planned = {name: runs.shrunk(plan) for name, plan in runs.planned_runs("docs", "out").items()}
+    for name, plan in planned.items():
+        columns = [c for c in runs.KEPT if name == "dpo" or "accuracy" not in c and "margin" not in c]
+        lines = [",".join([*columns, "lambdas"])]
+        lines += [",".join([str(step), *["0.5"] * (len(columns) - 1), "0.2 0.3"]) for step in range(1, 5)]
+        runs.log_path(tmp_path, name).write_text("\n".join(lines) + "\n")
+        assert plan.settings.max_steps == 4
+    for draw in (figures.curves, figures.tuning, figures.stability, figures.lambdas):
+        draw(tmp_path, planned, tmp_path)
+    figures.held_out(tmp_path, planned)
+    text = capsys.readouterr().out
+    assert "| WikiText-2 | v1 | 3 | 0.500 ± 0.000 | 1.65 ± 0.00 | 0.000 ± 0.000 |" in text
+    assert "| 0.002 | v2 | 0 | 0.50 | 0.50 | 0.500 | 0.500 | no |" in text
+    for name in ("curves", "tuning", "stability", "lambdas"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
