@@ -17,6 +17,7 @@ import statistics
 import sys
 import textwrap
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -36,6 +37,11 @@ from data.dataset import (
 )
 from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
 from model import ATTENTION, ATTENTION_IMPLS, GPT, GPTConfig, pad_vocab
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
 
 # ---------------------------------------------------------------------------------------------------
 # Settings: one dataclass a script, every field a flag. (All up to "Pretraining" is for any stage of training.)
@@ -101,12 +107,10 @@ def resumed_settings(given, settings_class, stage):
     """For --resume: the settings of the run in out_dir, under those given now, and its checkpoint."""
     if clash := {"preset", "init_from"} & given.keys():
         raise UserError(f"--resume goes on with a run as it was begun; it does not go with --{clash.pop()}")
-    path = Path(given.get("out_dir", settings_class.out_dir)) / "ckpt.pt"
-    if not path.exists():
-        raise UserError(f"there is no checkpoint {path} to resume from; --out_dir names the run's folder")
-    start = load_checkpoint(path)
+    out_dir = Path(given.get("out_dir", settings_class.out_dir))
+    start = load_latest(out_dir)
     if start["stage"] != stage:
-        raise UserError(f"{path} is a checkpoint of the stage {start['stage']}, not {stage}")
+        raise UserError(f"{out_dir / NEWEST} is a checkpoint of the stage {start['stage']}, not {stage}")
     saved = {f.name: start["settings"][f.name] for f in fields(settings_class) if f.name in start["settings"]}
     return settings_class(**{**saved, "source": "", **given}), start  # the data were prepared when the run began
 
@@ -126,41 +130,90 @@ def check_settings(settings, device):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints: one dict of tensors and plain values
 
-RUN_FILES = ("ckpt.pt", "best.pt", "adapter.pt", "log.csv")
+NEWEST, PREVIOUS, DAMAGED = "ckpt.pt", "ckpt-previous.pt", "ckpt-damaged.pt"
+RUN_FILES = (NEWEST, PREVIOUS, DAMAGED, "best.pt", "adapter.pt", "log.csv")
+FORMAT = 1  # of checkpoints; the next version to change what is in them counts on
 
 
 def make_room(out_dir):
-    """Make the folder for a new run; the files of an earlier one there move aside rather than be lost."""
+    """The files of an earlier run in the folder of a new one move aside rather than be lost."""
+    if earlier := [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]:
+        aside = next(path for n in itertools.count(1) if not (path := out_dir / f"earlier-{n}").exists())
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        print(f"the run that {out_dir} held is now in {aside} (--resume would have continued it)")
+
+
+@contextlib.contextmanager
+def locked(out_dir):
+    """Make the folder of a run and keep other runs out of it; what a killed one left half written is removed."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        if earlier := [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]:
-            aside = next(path for n in itertools.count(1) if not (path := out_dir / f"earlier-{n}").exists())
-            aside.mkdir()
-            for path in earlier:
-                path.rename(aside / path.name)
-            print(f"the run that {out_dir} held is now in {aside} (--resume would have continued it)")
+        lock = os.open(out_dir / "lock", os.O_CREAT | os.O_WRONLY)
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however that ends
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing to {out_dir}; --out_dir names another folder") from error
     except OSError as error:
         raise UserError(f"cannot write to {out_dir}: {error.strerror}") from error
+    try:
+        for path in out_dir.glob("*.tmp"):
+            path.unlink()
+        yield
+    finally:
+        os.close(lock)
 
 
-def save_checkpoint(path, **contents):
-    with atomic_write(path) as temporary:
-        torch.save(contents, temporary)
+def save_checkpoint(path, previous=None, **contents):
+    """Write a checkpoint; the one that it replaces is kept as `previous`, if that is given."""
+    try:
+        with atomic_write(path, previous) as temporary, open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **contents}, file)
+    except OSError as error:
+        raise UserError(f"cannot save {path} ({error.strerror}); what was saved before is still there") from error
+
+
+class Damaged(UserError):
+    """A checkpoint that is not there, or not whole."""
 
 
 def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU; raises UserError if the file is missing, damaged or something else."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if part := archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError(part)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = [n for n in ("model", "config", "settings", "data") if not isinstance(checkpoint.get(n), dict)]
         missing += [n for n in ("step", "stage") if n not in checkpoint]
     except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}") from error
+        raise Damaged(f"there is no checkpoint {path}") from error
     except Exception as error:  # zip, pickle, key, attribute and runtime errors: torch.load has none of its own
-        raise UserError(f"{path} is damaged, or not a checkpoint ({type(error).__name__})") from error
+        raise Damaged(f"{path} is damaged, or not a checkpoint ({type(error).__name__})") from error
     if missing:
         raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(missing)}")
+    if checkpoint.get("format", FORMAT) > FORMAT:
+        raise UserError(f"{path} was written by a newer version of this project")
     return checkpoint
+
+
+def load_latest(out_dir):
+    """The newest whole checkpoint of the run in out_dir: the one before the last if that is damaged, which is said."""
+    newest, previous = out_dir / NEWEST, out_dir / PREVIOUS
+    if not newest.exists() and not previous.exists():
+        raise UserError(f"there is no checkpoint {newest} to resume from; --out_dir names the run's folder")
+    try:
+        return load_checkpoint(newest)
+    except Damaged as error:
+        if not previous.exists():
+            raise
+        checkpoint = load_checkpoint(previous)
+        print(f"{error}; going on from the one before it, of step {checkpoint['step']}")
+        if newest.exists():
+            newest.replace(out_dir / DAMAGED)
+        previous.rename(newest)  # the next checkpoint is not to replace the only whole one
+        return checkpoint
 
 
 def saved_config(checkpoint, attn_impl):
@@ -267,6 +320,17 @@ def lr_at(step, settings, floor=0.1):
 # The log: a row of log.csv for every step, a line on the screen for some
 
 
+MOST_SKIPPED = 10  # steps in a row, after which a run ends
+
+
+class Diverged(UserError):
+    """A run that no longer learns."""
+
+
+def _number(name, value):
+    return int(value) if name in ("step", "skipped") else float(value)
+
+
 class Log:
     """Keeps losses on the device and reads them every log_interval steps, so that the GPU never waits for the CPU to
     catch up. Its clock leaves out validation and saving."""
@@ -275,9 +339,10 @@ class Log:
         self.path, self.last_step, self.device = run.out_dir / "log.csv", run.settings.max_steps, run.device
         self.unit, self.metrics = run.unit, run.metrics
         self.flops, self.peak = run.flops_per_unit(), peak_flops(run.device)
-        self.columns = ["step", "loss", *run.metrics, "grad_norm", "lr", f"{run.unit}_per_s", "mfu"]
+        self.columns = ["step", "loss", *run.metrics, "grad_norm", "skipped", "lr", f"{run.unit}_per_s", "mfu"]
         self.columns += [f"val_{name}" for name in ("loss", *run.metrics)]
         self.rows, self.speeds, self.started = [], [], time.perf_counter()
+        self.skipped = self.in_a_row = 0
 
     def open(self, done):
         """Begin log.csv, or keep its rows up to step `done`: an interrupted run repeats those after its checkpoint."""
@@ -301,21 +366,32 @@ class Log:
         self.started += time.perf_counter() - paused
 
     def flush(self):
-        """Write the rows added so far and print the last; raises UserError if a number is not finite."""
+        """Write the rows added so far and print the last; raises Diverged if too many steps had to be skipped, or a
+        validation gave a number that is not finite."""
         synchronize(self.device)
         now, work = time.perf_counter(), sum(row.pop("work") for row in self.rows)
         speed, seconds_per_step = work / (now - self.started), (now - self.started) / len(self.rows)
         mfu = round(speed * self.flops / self.peak, 4) if self.flops and self.peak else ""
-        rows = [{name: float(value) if name != "step" else value for name, value in row.items()} for row in self.rows]
+        rows = [{name: _number(name, value) for name, value in row.items()} for row in self.rows]
         measured = {f"{self.unit}_per_s": round(speed, 1), "mfu": mfu}
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerows(row | measured for row in rows)
         self._print(rows[-1], speed, seconds_per_step)
         for row in rows:
-            if not all(math.isfinite(value) for value in row.values()):
-                raise UserError(f"step {row['step']} gave a number that is not finite; try a lower --learning_rate")
+            self._check(row)
         self.speeds += [speed] * len(rows)
         self.rows, self.started = [], now
+
+    def _check(self, row):
+        advice = "the last checkpoint is from before that; try a lower --learning_rate or a longer --warmup_steps"
+        self.in_a_row = self.in_a_row + 1 if row["skipped"] else 0
+        if row["skipped"]:
+            self.skipped += 1
+            print(f"step {row['step']} skipped: loss or gradient not finite ({self.skipped} so far)")
+        if self.in_a_row == MOST_SKIPPED:
+            raise Diverged(f"{MOST_SKIPPED} steps in a row up to {row['step']} gave no finite gradient; {advice}")
+        if not all(math.isfinite(value) for name, value in row.items() if name.startswith("val_")):
+            raise Diverged(f"the validation after step {row['step']} is not finite; {advice}")
 
     def _print(self, row, speed, seconds_per_step):
         parts = [f"step {row['step']:>5}/{self.last_step}", f"loss {row['loss']:.4f}"]
@@ -399,13 +475,16 @@ def fit(run, log):
 
 def optimizer_step(optimizer, lr, accumulate, micro_batches, clip=1.0):
     """One step on a batch that passes in micro-batches, whose shares of loss and gradient add up -> a dict of the loss,
-    what else `accumulate` measures, and the gradient's norm before it is clipped."""
+    what else `accumulate` measures, the gradient's norm before it is clipped, and whether the step was skipped, which
+    leaves weights and optimizer as they are, for a loss or gradient that is not finite."""
     total = {}
     for tensors in micro_batches:
         total = add_share(total, accumulate(*tensors))
     total["grad_norm"] = nn.utils.clip_grad_norm_(
         [p for group in optimizer.param_groups for p in group["params"]], clip
     )
+    total["skipped"] = ~torch.isfinite(total["loss"] + total["grad_norm"])
+    optimizer.found_inf = total["skipped"].float()  # a fused optimizer looks at it, on the GPU, which no one waits for
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -467,7 +546,7 @@ class Run:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             set_rng_state(checkpoint["rng"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.out_dir / 'ckpt.pt'} is no checkpoint to resume from") from error
+            raise UserError(f"{self.out_dir / NEWEST} is no checkpoint to resume from") from error
 
     def validate(self, step):
         """What evaluate() says; the model with the lowest loss so far is kept."""
@@ -483,8 +562,9 @@ class Run:
         return self.model.state_dict()
 
     def save(self, step):
-        """ckpt.pt, the checkpoint to resume from."""
-        self.write("ckpt.pt", step, self.weights(), optimizer=self.optimizer.state_dict(), rng=rng_state())
+        """ckpt.pt, the checkpoint to resume from; the one before is kept."""
+        state = dict(optimizer=self.optimizer.state_dict(), rng=rng_state(), previous=self.out_dir / PREVIOUS)
+        self.write(NEWEST, step, self.weights(), **state)
 
     def save_best(self, step):
         """best.pt, the model for the next stage."""
@@ -503,14 +583,21 @@ def carry_out(run):
     if run.done >= run.settings.max_steps:
         print(f"the run in {run.out_dir} has {run.done} steps already; a higher --max_steps would add to it")
         return
-    if not run.settings.resume:
-        make_room(run.out_dir)
-    log, started = Log(run), time.perf_counter()
-    try:
-        fit(run, log)
-        summarize(run, log, time.perf_counter() - started)
-    except torch.OutOfMemoryError as error:
-        raise UserError("the GPU's memory is full; a smaller --micro_batch_size takes less of it") from error
+    with locked(run.out_dir):
+        if not run.settings.resume:
+            make_room(run.out_dir)
+        log, started = Log(run), time.perf_counter()
+        try:
+            fit(run, log)
+            summarize(run, log, time.perf_counter() - started)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the GPU's memory is full; {smaller(run.settings)}") from error
+
+
+def smaller(settings):
+    """What to try when a micro-batch does not fit."""
+    sizes = [n for n in range(1, settings.micro_batch_size) if settings.batch_size % n == 0]
+    return f"try --micro_batch_size {sizes[-1]}" if sizes else "not even one sequence fits: try a smaller model"
 
 
 def describe(run):

@@ -153,7 +153,7 @@ def held_out(logs, runs):
 
 def spikes(norms):
     """How many gradient norms are above SPIKE times the median of the MEMORY steps before them."""
-    return sum(norms[i] > SPIKE * np.median(norms[max(0, i - MEMORY) : i]) for i in range(1, len(norms)))
+    return sum(norms[i] > SPIKE * np.nanmedian(norms[max(0, i - MEMORY) : i]) for i in range(1, len(norms)))
 
 
 def stability(logs, runs, folder):
@@ -163,14 +163,17 @@ def stability(logs, runs, folder):
         for attn in ATTENTION:
             log = read_log(logs, f"rates/{attn}-{rate:g}")
             steps, norms = runs[f"rates/{attn}-{rate:g}"].settings.max_steps, log["grad_norm"]
-            finite = np.isfinite(log["loss"]).all() and len(norms) == steps
             row = {"peak learning rate": f"{rate:g}", "attn": attn, "spikes": spikes(norms)}
+            row["skipped steps"] = int((~np.isfinite(norms)).sum())
             row |= {
                 "highest norm": f"{np.nanmax(norms):.2f}",
                 "after the warmup": f"{np.nanmax(norms[len(norms) // 5 :]):.2f}",
             }
-            row |= {"loss, last 50 steps": f"{log['loss'][-50:].mean():.3f}"}
-            row |= {"held-out": f"{log['val_loss'][-1]:.3f}", "diverged": "no" if finite else f"step {len(norms)}"}
+            row |= {"loss, last 50 steps": f"{np.nanmean(log['loss'][-50:]):.3f}"}
+            row |= {
+                "held-out": f"{log['val_loss'][-1]:.3f}",
+                "diverged": "no" if len(norms) == steps else f"step {len(norms)}",
+            }
             rows.append(row)
             axis.plot(log["step"], norms, color=COLORS[attn], label=attn, linewidth=0.6)
         axis.set(xlabel="step", yscale="log", title=f"peak learning rate {rate:g}")

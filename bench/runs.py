@@ -68,7 +68,7 @@ class WithoutMethods(Recorded):
         return unpadded(super().config(), self.encoding)
 
     def make_optimizer(self):
-        return torch.optim.AdamW(self.model.parameters())
+        return torch.optim.AdamW(self.model.parameters(), fused=True)
 
     def learning_rate(self, step):
         return self.settings.learning_rate
@@ -138,24 +138,25 @@ def shrunk(plan):
 
 def make(plan, folder, log, device):
     """Carry out a run in `folder`, or the rest of it, and write `log`, what is kept of its log.csv."""
-    resume = (folder / "ckpt.pt").exists()
+    checkpoints = [folder / name for name in (train.NEWEST, train.PREVIOUS, train.DAMAGED)]
+    resume = any(path.exists() for path in checkpoints[:2])
     settings = replace(plan.settings, out_dir=str(folder), resume=resume, device=device)
-    start = train.load_checkpoint(folder / "ckpt.pt") if resume else None
+    start = train.load_latest(folder) if resume else None
     if not resume and settings.init_from:
         start = train.load_checkpoint(settings.init_from)
     run = plan.kind(settings, start)
-    if not resume:
-        train.make_room(folder)
-    try:
-        train.fit(run, train.Log(run))
-    except UserError as error:  # a number that is not finite: what came before is the result
-        if "not finite" not in str(error):
-            raise
-        print(f"{folder}: {error}")
+    with train.locked(folder):
+        if not resume:
+            train.make_room(folder)
+        try:
+            train.fit(run, train.Log(run))
+        except train.Diverged as error:  # what came before is the result
+            print(f"{folder}: {error}")
     if plan.texts:
         look_inside(run, plan.texts, log.with_suffix(".json"))
     keep_log(folder, log)  # last, for it marks the run as done
-    (folder / "ckpt.pt").unlink(missing_ok=True)
+    for path in checkpoints:
+        path.unlink(missing_ok=True)
     if not plan.keep:
         shutil.rmtree(folder)
 

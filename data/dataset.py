@@ -40,13 +40,16 @@ VAL_EVERY = 20  # of examples, and of tiny's documents, every 20th is held out
 
 
 @contextlib.contextmanager
-def atomic_write(path):
-    """Yield a temporary path beside `path` and rename it at the end, so that `path` is never seen half written."""
+def atomic_write(path, previous=None):
+    """Yield a temporary path beside `path` and rename it at the end, so that `path` is never seen half written. What
+    was there before is kept as `previous`, if that is given."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # a power cut must not leave the new name on missing data
+        if previous and Path(path).exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

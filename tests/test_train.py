@@ -117,7 +117,7 @@ def test_accumulated_gradients_equal_those_of_the_large_batch():
 def test_gradients_are_clipped():
     layer = nn.Linear(4, 1, bias=False)
     before = layer.weight.detach().clone()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=True)
     batch = (torch.full((2, 4), 100.0),)
     accumulate = partial(train.accumulate, lambda x: {"loss": layer(x).mean()})
     measured = train.optimizer_step(optimizer, 1.0, accumulate, [batch])
@@ -204,7 +204,7 @@ def test_the_clock_leaves_out_what_is_paused(tmp_path):
     log.open(0)
     with log.paused():
         time.sleep(0.5)
-    log.rows.append(dict(step=1, work=1000, loss=1.0, grad_norm=1.0, lr=1.0))
+    log.rows.append(dict(step=1, work=1000, loss=1.0, grad_norm=1.0, skipped=False, lr=1.0))
     log.flush()
     assert float(log_of(tmp_path, "tokens_per_s")[0][0]) > 1000 / 0.4
 
@@ -502,9 +502,9 @@ def test_a_mistake_is_one_line_and_exit_code_2():
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
 
 
-@pytest.mark.parametrize("steps", [1, 8])
-def test_numbers_that_are_not_finite_stop_the_run(run, steps):
-    with pytest.raises(UserError, match="step . gave a number that is not finite"):
+@pytest.mark.parametrize("steps, at", [(1, 1), (8, 4)])
+def test_a_validation_that_is_not_finite_stops_the_run(run, steps, at):
+    with pytest.raises(UserError, match=f"the validation after step {at} is not finite; .* lower --learning_rate"):
         run("--learning_rate", 1e18, "--warmup_steps", 0, "--max_steps", steps)
 
 
