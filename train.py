@@ -170,8 +170,11 @@ def save_checkpoint(path, previous=None, **contents):
     try:
         with atomic_write(path, previous) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **contents}, file)
-    except OSError as error:
-        raise UserError(f"cannot save {path} ({error.strerror}); what was saved before is still there") from error
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(f"cannot save {path} ({reason.strerror}); what was saved before is still there") from error
 
 
 class Damaged(UserError):

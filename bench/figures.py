@@ -7,6 +7,7 @@ Prints the tables as Markdown, writes the pictures to docs/.
 """
 
 import csv
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -77,29 +78,34 @@ def print_table(title, rows):
 
 def curves(logs, runs, folder):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    rows, losses = [], {kind: read_seeds(logs, runs, f"curves/{kind}-") for kind in NAMES}
-    for kind, seeds in losses.items():
-        for axis, column in zip(axes, ("loss", "grad_norm")):
-            lines = np.array([smooth(log[column]) for log in seeds])
-            steps = np.arange(lines.shape[1]) + 1 + (len(seeds[0]["step"]) - lines.shape[1])
-            axis.plot(steps, lines.mean(0), color=COLORS[kind], label=NAMES[kind], linewidth=1)
-            axis.fill_between(steps, lines.min(0), lines.max(0), color=COLORS[kind], alpha=0.2, linewidth=0)
-    for kind in losses:
-        row = {"run": NAMES[kind]}
-        for steps in EARLY:
-            early = {k: [log["loss"][:steps].mean() for log in losses[k]] for k in (kind, "vanilla-bare", "vanilla")}
-            row[f"loss, steps 1 to {steps}"] = spread(early[kind])
-            for baseline, letter in (("vanilla-bare", "a"), ("vanilla", "d")):
-                change = np.mean(early[kind]) / np.mean(early[baseline]) - 1
-                row[f"to {steps}, against ({letter})"] = f"{change:+.1%}"
-        rows.append(row)
+    kinds = {kind: read_seeds(logs, runs, f"curves/{kind}-") for kind in NAMES}
+    for (kind, seeds), (axis, column) in itertools.product(kinds.items(), zip(axes, ("loss", "grad_norm"))):
+        lines = np.array([smooth(log[column]) for log in seeds])
+        steps = seeds[0]["step"][-lines.shape[1] :]
+        axis.plot(steps, lines.mean(0), color=COLORS[kind], label=NAMES[kind], linewidth=1)
+        axis.fill_between(steps, lines.min(0), lines.max(0), color=COLORS[kind], alpha=0.2, linewidth=0)
     axes[0].set(xlabel="step", ylabel="training loss, nats")
     axes[1].set(xlabel="step", ylabel="norm of the gradient", yscale="log")
     axes[1].axvline(200, color="lightgray", zorder=0, linewidth=1)
     axes[1].text(205, axes[1].get_ylim()[0], " end of the warmup of (c), (d)", rotation=90, va="bottom", color="gray")
     axes[0].legend(fontsize=8)
     save(figure, folder / "curves.png")
-    print_table("Early training loss", rows)
+    print_table("Early training loss", early_rows(kinds))
+
+
+def early_rows(kinds):
+    """The mean loss of the first steps, and how far it is from both baselines'."""
+    rows = []
+    for kind in kinds:
+        row = {"run": NAMES[kind]}
+        for steps in EARLY:
+            early = {other: [log["loss"][:steps].mean() for log in seeds] for other, seeds in kinds.items()}
+            row[f"loss, steps 1 to {steps}"] = spread(early[kind])
+            for baseline, letter in (("vanilla-bare", "a"), ("vanilla", "d")):
+                change = np.mean(early[kind]) / np.mean(early[baseline]) - 1
+                row[f"to {steps}, against ({letter})"] = f"{change:+.1%}"
+        rows.append(row)
+    return rows
 
 
 def tuning(logs, runs, folder):
@@ -156,26 +162,28 @@ def spikes(norms):
     return sum(norms[i] > SPIKE * np.nanmedian(norms[max(0, i - MEMORY) : i]) for i in range(1, len(norms)))
 
 
+def stability_row(log, max_steps):
+    norms, last = log["grad_norm"], len(log["step"])
+    return {
+        "spikes": spikes(norms),
+        "skipped steps": int((~np.isfinite(norms)).sum()),
+        "highest norm": f"{np.nanmax(norms):.2f}",
+        "after the warmup": f"{np.nanmax(norms[last // 5 :]):.2f}",
+        "loss, last 50 steps": f"{np.nanmean(log['loss'][-50:]):.3f}",
+        "held-out": f"{log['val_loss'][-1]:.3f}",
+        "diverged": "no" if last == max_steps else f"step {last}",
+    }
+
+
 def stability(logs, runs, folder):
     figure, axes = plt.subplots(1, len(LEARNING_RATES), figsize=(13, 3.6), sharey=True)
     rows = []
     for rate, axis in zip(LEARNING_RATES, axes):
         for attn in ATTENTION:
-            log = read_log(logs, f"rates/{attn}-{rate:g}")
-            steps, norms = runs[f"rates/{attn}-{rate:g}"].settings.max_steps, log["grad_norm"]
-            row = {"peak learning rate": f"{rate:g}", "attn": attn, "spikes": spikes(norms)}
-            row["skipped steps"] = int((~np.isfinite(norms)).sum())
-            row |= {
-                "highest norm": f"{np.nanmax(norms):.2f}",
-                "after the warmup": f"{np.nanmax(norms[len(norms) // 5 :]):.2f}",
-            }
-            row |= {"loss, last 50 steps": f"{np.nanmean(log['loss'][-50:]):.3f}"}
-            row |= {
-                "held-out": f"{log['val_loss'][-1]:.3f}",
-                "diverged": "no" if len(norms) == steps else f"step {len(norms)}",
-            }
-            rows.append(row)
-            axis.plot(log["step"], norms, color=COLORS[attn], label=attn, linewidth=0.6)
+            name = f"rates/{attn}-{rate:g}"
+            log, labels = read_log(logs, name), {"peak learning rate": f"{rate:g}", "attn": attn}
+            rows.append(labels | stability_row(log, runs[name].settings.max_steps))
+            axis.plot(log["step"], log["grad_norm"], color=COLORS[attn], label=attn, linewidth=0.6)
         axis.set(xlabel="step", yscale="log", title=f"peak learning rate {rate:g}")
     axes[0].set(ylabel="norm of the gradient")
     axes[0].legend(fontsize=8)

@@ -1,0 +1,344 @@
+"""What may go wrong with a run: it is killed, its disk is full, its files are damaged, its numbers explode."""
+
+import csv
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dpo
+import sft
+import train
+from data import UserError, run_script
+from data.dataset import write_dataset, write_examples
+from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
+from data.slimorca.prepare import tokenize as tokenize_conversation
+
+SHAPE = ["--block_size", 32, "--n_layer", 1, "--n_embd", 16, "--n_inner", 16, "--n_head", 2, "--head_dim", 8]
+COMMON = ["--device", "cpu", "--log_interval", 5, "--eval_interval", 20, "--save_interval", 4, "--warmup_steps", 4]
+FLAGS = {
+    "pretrain": [*SHAPE, "--preset", "tiny", "--batch_size", 2, "--eval_windows", 2],
+    "sft": ["--batch_size", 2, "--lora_rank", 2, "--eval_examples", 3],
+    "dpo": ["--batch_size", 2, "--lora_rank", 2, "--eval_examples", 3],
+}
+STAGES = {"pretrain": train.Pretraining, "sft": sft.SFT, "dpo": dpo.DPO}
+WHOLE = 300  # steps of a run that is killed
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Data, and the models that SFT and DPO begin with."""
+    home = tmp_path_factory.mktemp("home")
+    text = "".join(f"{i} bottles of beer on the wall\n" for i in range(100))
+    write_dataset(home / "set", {"train": [text], "val": [text[1000:1400]]}, "bytes", "a test")
+    talks = [[("human", f"{i}?"), ("gpt", f"sum {i}")] for i in range(40)]
+    rows = [{"conversations": [{"from": role, "value": text} for role, text in talk]} for talk in talks]
+    write_examples(home / "set" / "sft", rows, tokenize_conversation, "bytes", 32, "a test")
+    pairs = [dict(system="", question=f"{i}", chosen="yes", rejected="no") for i in range(40)]
+    write_examples(home / "set" / "dpo", pairs, tokenize_pair, "bytes", 32, "a test")
+    carry_out(home, "pretrain", home / "base", "--max_steps", 2)
+    return home
+
+
+def new_run(home, stage, out_dir, *flags):
+    """A run as its script would make it; with --resume, the rest of one."""
+    new = [] if "--resume" in flags else ["--dataset", home / "set", *FLAGS[stage], *COMMON]
+    if stage != "pretrain" and "--resume" not in flags:
+        new += ["--init_from", home / "base" / "best.pt"]
+    argv = list(map(str, [*new, "--out_dir", out_dir, *flags]))
+    if stage == "pretrain":
+        return train.Pretraining(*train.choose_settings(train.parse_flags(train.Settings, "", {}, argv)))
+    module = {"sft": sft, "dpo": dpo}[stage]
+    given = train.parse_flags(module.Settings, "", {}, argv)
+    return STAGES[stage](*sft.choose_settings(given, module.Settings, module.PRESETS, stage))
+
+
+def carry_out(home, stage, out_dir, *flags):
+    run = new_run(home, stage, out_dir, *flags)
+    run.sample = lambda: ""  # which takes longer than these runs
+    train.carry_out(run)
+    return out_dir
+
+
+def in_a_child(work):
+    """Start work() in a copy of this process, without its output -> the copy's number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        run_script(work)
+        os._exit(0)
+    except SystemExit as error:
+        os._exit(error.code)
+    finally:
+        os._exit(1)
+
+
+def exit_code(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def rows_of(out_dir, *left_out):
+    with open(out_dir / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if name not in left_out} for row in rows]
+
+
+def same(a, b):
+    """Whether two checkpoints' contents are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in ("out_dir", "resume"))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------------------------- killed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_is_killed_25_times_equals_one_that_is_not(home, tmp_path, stage):
+    """SIGKILL at random moments, a third of them while a checkpoint is written."""
+    whole = carry_out(home, stage, tmp_path / "whole", "--max_steps", WHOLE)
+    out, chance, kills = tmp_path / "killed", random.Random(1), 0
+    while kills < 25:
+        resume = ["--resume"] if (out / train.NEWEST).exists() or (out / train.PREVIOUS).exists() else []
+        child = in_a_child(lambda: carry_out(home, stage, out, "--max_steps", WHOLE, *resume))  # noqa: B023
+        wait_for_a_moment(out, child, chance, while_saving=kills % 3 == 0)
+        os.kill(child, signal.SIGKILL)
+        if exit_code(child) == 0:  # it was done before: take away its last steps
+            (out / train.NEWEST).unlink()
+        kills += 1
+    carry_out(home, stage, out, "--resume", "--max_steps", WHOLE)
+    assert rows_of(out, *TIMES) == rows_of(whole, *TIMES)
+    assert [int(row["step"]) for row in rows_of(out)] == list(range(1, WHOLE + 1))
+    for name in (train.NEWEST, train.PREVIOUS, "best.pt"):
+        assert same(*(torch.load(folder / name, weights_only=True) for folder in (out, whole))), name
+    assert not list(out.glob("*.tmp"))
+
+
+TIMES = ("tokens_per_s", "pairs_per_s", "mfu")
+
+
+def wait_for_a_moment(out, child, chance, while_saving):
+    """Some milliseconds of a run's life; if asked to, until a checkpoint is half written."""
+    deadline = time.monotonic() + 0.05 + 0.15 * chance.random()
+    while time.monotonic() < deadline:
+        if while_saving and list(out.glob(f"{train.NEWEST}.{child}.tmp")):
+            return
+        time.sleep(0.0005)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_followed_by_a_checkpoint_within_seconds(home, tmp_path, stage, number):
+    child = in_a_child(lambda: carry_out(home, stage, tmp_path / "run", "--max_steps", 100000))
+    while not (tmp_path / "run" / train.NEWEST).exists():
+        time.sleep(0.01)
+    os.kill(child, number)
+    started = time.monotonic()
+    assert exit_code(child) == 128 + number and time.monotonic() - started < 5
+    steps = train.load_checkpoint(tmp_path / "run" / train.NEWEST)["step"]
+    assert [int(row["step"]) for row in rows_of(tmp_path / "run")] == list(range(1, steps + 1))
+
+
+def test_two_runs_cannot_share_a_folder(home, tmp_path):
+    out = tmp_path / "run"
+    with train.locked(out):
+        for flags in (["--max_steps", 4], ["--max_steps", 4, "--seed", 2]):
+            with pytest.raises(UserError, match=f"another run is writing to {re.escape(str(out))}"):
+                carry_out(home, "pretrain", out, *flags)
+        assert not (out / "log.csv").exists()
+    carry_out(home, "pretrain", out, "--max_steps", 4)
+
+
+# ------------------------------------------------------------------------------------- damaged files
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [(flip, "is damaged"), (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is damaged"),
+     (lambda path: path.write_bytes(b""), "is damaged"), (Path.unlink, "there is no checkpoint")],
+)  # fmt: skip
+def test_the_checkpoint_before_takes_the_place_of_a_damaged_one(home, tmp_path, capsys, damage, message):
+    whole = carry_out(home, "pretrain", tmp_path / "whole", "--max_steps", 16)
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 16)
+    damage(out / train.NEWEST)
+    capsys.readouterr()
+    carry_out(home, "pretrain", out, "--resume")
+    text = capsys.readouterr().out
+    assert message in text and "going on from the one before it, of step 12" in text
+    assert rows_of(out, *TIMES) == rows_of(whole, *TIMES)
+    assert same(*(torch.load(folder / train.NEWEST, weights_only=True)["model"] for folder in (out, whole)))
+    assert train.load_checkpoint(out / train.PREVIOUS)["step"] == 12  # still the whole one
+
+
+def test_two_damaged_checkpoints_are_an_error(home, tmp_path):
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 12)
+    flip(out / train.NEWEST)
+    flip(out / train.PREVIOUS)
+    with pytest.raises(UserError, match="ckpt-previous.pt is damaged"):
+        carry_out(home, "pretrain", out, "--resume")
+
+
+@pytest.mark.parametrize("share", np.linspace(0.02, 0.98, 9))
+def test_a_flipped_bit_is_found_wherever_it_is(home, tmp_path, share):
+    """Or it is in a place that means nothing."""
+    good = torch.load(home / "base" / train.NEWEST, weights_only=True)
+    content = bytearray((home / "base" / train.NEWEST).read_bytes())
+    for position in range(int(share * len(content)), len(content), len(content) // 3)[:20]:
+        content[position] ^= 4
+        (tmp_path / "flipped.pt").write_bytes(content)
+        try:
+            assert same(train.load_checkpoint(tmp_path / "flipped.pt"), good)
+        except UserError as error:
+            assert "is damaged" in str(error)
+        content[position] ^= 4
+
+
+# ------------------------------------------------------------------------------------- no room
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(home, tmp_path, capsys):
+    """No file may grow beyond a limit, which a checkpoint does and nothing else."""
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 8)
+    before = (out / train.NEWEST).read_bytes()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot save .*ckpt.pt \(File too large\)"):
+            carry_out(home, "pretrain", out, "--resume", "--max_steps", 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    assert (out / train.NEWEST).read_bytes() == before and not list(out.glob("*.tmp"))
+    carry_out(home, "pretrain", out, "--resume", "--max_steps", 16)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become somebody else")
+def test_a_folder_that_may_not_be_written_to(home, tmp_path):
+    """For this process, which is root, every folder may: a child becomes somebody else first."""
+    messages = []
+
+    def work():
+        run = new_run(home, "pretrain", tmp_path / "closed" / "run", "--max_steps", 2)
+        os.setuid(65534)
+        try:
+            train.carry_out(run)
+        except UserError as error:
+            messages.append(str(error))
+        os._exit(7 if messages and messages[0].startswith("cannot write to") else 8)
+
+    (tmp_path / "closed").mkdir(mode=0o755)
+    tmp_path.chmod(0o755)
+    assert exit_code(in_a_child(work)) == 7
+
+
+# ------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_without_finite_numbers_changes_nothing(home, tmp_path, stage, value, monkeypatch, capsys):
+    """Weights and moments after it are those before it, bit for bit."""
+    loss_of, states = STAGES[stage].loss_of, []
+
+    def bad_at_step_3(run, *batch):
+        shares = loss_of(run, *batch)
+        if torch.is_grad_enabled():  # not validating
+            states.append([p.detach().clone() for p in run.model.parameters() if p.requires_grad])
+            shares["loss"] = shares["loss"] * (value if len(states) == 3 else 1)
+        return shares
+
+    monkeypatch.setattr(STAGES[stage], "loss_of", bad_at_step_3)
+    out = carry_out(home, stage, tmp_path / "run", "--max_steps", 6, "--learning_rate", 1e-2)
+    assert [row["skipped"] for row in rows_of(out)] == ["0", "0", "1", "0", "0", "0"]
+    assert "step 3 skipped: loss or gradient not finite (1 so far)" in capsys.readouterr().out
+    assert [same(before, after) for before, after in zip(states, states[1:])] == [False, False, True, False, False]
+    checkpoint = train.load_checkpoint(out / train.NEWEST)
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+    moments = checkpoint["optimizer"]["state"].values()
+    assert all(state["step"] == 5 and state["exp_avg"].isfinite().all() for state in moments)
+
+
+def test_too_many_such_steps_end_the_run(home, tmp_path, monkeypatch):
+    loss_of, steps = train.Pretraining.loss_of, []
+
+    def bad_from_step_10_on(run, *batch):
+        steps.append(1)
+        return {"loss": loss_of(run, *batch)["loss"] * (1 if len(steps) < 10 else float("nan"))}
+
+    monkeypatch.setattr(train.Pretraining, "loss_of", bad_from_step_10_on)
+    out = tmp_path / "run"
+    with pytest.raises(train.Diverged, match="10 steps in a row up to 19 .* lower --learning_rate") as caught:
+        carry_out(home, "pretrain", out, "--max_steps", 100)
+    assert "\n" not in str(caught.value)
+    newest = train.load_checkpoint(out / train.NEWEST)
+    assert newest["step"] == 16 and all(tensor.isfinite().all() for tensor in newest["model"].values())
+
+
+@pytest.mark.parametrize(
+    "flags, advice",
+    [(["--batch_size", 12, "--micro_batch_size", 12], "try --micro_batch_size 6"),
+     (["--batch_size", 12, "--micro_batch_size", 4], "try --micro_batch_size 3"),
+     (["--batch_size", 3, "--micro_batch_size", 1], "not even one sequence fits")],
+)  # fmt: skip
+def test_a_full_gpu_is_one_line_with_what_fits(home, tmp_path, flags, advice, monkeypatch):
+    def full(run, *batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(train.Pretraining, "loss_of", full)
+    with pytest.raises(UserError, match=f"the GPU's memory is full; {advice}"):
+        carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 2, *flags)
+
+
+# ------------------------------------------------------------------------------------- long runs
+
+
+def memory_in_use():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's count of a process's memory")
+def test_memory_and_speed_hold_over_20000_steps(home, tmp_path, capsys):
+    """After the first 4,000 steps, in which allocators fill up."""
+    marks = []
+
+    class Watched(train.Pretraining):
+        def make_batch(self, step):
+            if step % 4000 == 0:
+                marks.append((time.process_time(), memory_in_use()))
+            return super().make_batch(step)
+
+    flags = ["--max_steps", 20001, "--log_interval", 500, "--eval_interval", 20000, "--save_interval", 10000]
+    run = new_run(home, "pretrain", tmp_path / "run", *flags, "--n_embd", 8, "--block_size", 8, "--batch_size", 1)
+    run = Watched(run.settings)
+    run.sample = lambda: ""
+    train.carry_out(run)
+    seconds = [after - before for (before, _), (after, _) in zip(marks, marks[1:])]
+    growth = marks[-1][1] - marks[0][1]
+    shutil.rmtree(tmp_path / "run")
+    with capsys.disabled():
+        print(f"\n20,000 steps: memory {growth:+.1f} MiB after the first 4,000; CPU seconds a 4,000 {seconds}")
+    assert len(marks) == 5 and growth < 8
+    assert max(seconds) < 2 * min(seconds)
