@@ -303,9 +303,11 @@ def differential_attention(q, k, v, lam):
 
     q (B, T, 2N, D), k (B, T, G or 2G, D), v (B, T, G, Dv), lam broadcast to (B, T, N) -> (B, T, N, Dv). With 2G key
     heads, map m of the pairs in group g reads key head 2g + m; with G, both read key head g. D and Dv are powers of 2
-    from 16 on, Dv at most 128.
+    from 16 to 128. Raises ValueError if the heads do not go together.
     """
-    B, T, H, _ = q.shape
+    (B, T, H, _), K, G = q.shape, k.size(2), v.size(2)
+    if H % (2 * G) or K not in (G, 2 * G):
+        raise ValueError(f"{H} query, {K} key and {G} value heads do not make pairs of maps")
     lam = lam.float().expand(B, T, H // 2).transpose(1, 2).contiguous()
     return _differential_attention(q.contiguous(), k.contiguous(), v.contiguous(), lam)[0]
 

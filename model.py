@@ -1,7 +1,7 @@
 """The plain Transformer and the Differential Transformer, V1 and V2, in one file.
 
 Everything but the attention is shared: a Llama-style decoder with RMSNorm, RoPE and SwiGLU, and no biases. In order:
-attention, layers, loss, model, generating, and the Triton kernels that the loss and generating use on a GPU.
+attention, layers, loss, model, generating. What a GPU does faster in Triton is in kernels.py.
 Shapes are written beside tensors:
 
     B batch    T query positions    S key positions    C n_embd    D head_dim
@@ -53,11 +53,14 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, choices in (("attn", ATTENTION), ("attn_impl", ATTENTION_IMPLS)):
-            if getattr(self, name) not in choices:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 and whole, not {getattr(self, name)!r}")
+        for name in ("rope_theta", "norm_eps"):
+            if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.n_kv_head % ATTENTION[self.attn].value_width:
@@ -114,11 +117,14 @@ def gpu_generation(device):
     return gpu.major, gpu.minor
 
 
-def has_difference_kernel(q, v, impl):
-    """True where one kernel for both maps beats attention() and a subtraction: on Hopper, as far as it was measured."""
-    if kernels is None or impl != "auto" or not q.is_cuda or q.dtype not in HALF or q.size(1) > 4096:
+def has_difference_kernel(q, k, v, impl):
+    """True where one kernel for both maps takes less memory than attention() and a subtraction, and no more time: on
+    Hopper, as far as it was measured, up to 8192 tokens, or 4096 where both maps read the same keys."""
+    if kernels is None or impl != "auto" or not q.is_cuda or q.dtype not in HALF:
         return False
-    return gpu_generation(q.device) == (9, 0) and {q.size(-1), v.size(-1)} <= {16, 32, 64, 128}
+    longest = 4096 if k.size(2) == v.size(2) else 8192
+    fits = q.size(1) <= longest and {q.size(-1), v.size(-1)} <= {16, 32, 64, 128}
+    return fits and gpu_generation(q.device) == (9, 0)
 
 
 def _flash_attn(q, k, v, softmax_scale, causal):
@@ -285,7 +291,7 @@ class DiffAttention(Attention):
 
     def subtract(self, q, k, v, lam, cache):
         """A1 V - lam A2 V, with lam broadcast to (B, T, pair) -> (B, T, pair, Dv)."""
-        if cache is None and has_difference_kernel(q, v, self.impl):
+        if cache is None and has_difference_kernel(q, k, v, self.impl):
             return kernels.differential_attention(q, k, v, lam)
         # Kernels give neighbouring query heads the same key head, so the queries that use map 1 of a group come first.
         n_group = v.size(2)
@@ -293,7 +299,7 @@ class DiffAttention(Attention):
         q = q.transpose(3, 4).flatten(2, 4)  # (B, T, group * map * pair, D)
         y = self.attend(q, k, v, cache).unflatten(2, (n_group, 2, -1))  # (B, T, group, map, pair, Dv)
         y1, y2 = (half.flatten(2, 3) for half in y.unbind(3))
-        return y1 - lam.unsqueeze(-1) * y2
+        return (y1 - lam.unsqueeze(-1) * y2).type_as(y1)
 
 
 class DiffAttnV1(DiffAttention):
@@ -646,7 +652,8 @@ class Decoder:
     """Continues texts: reads what there is, then produces token by token, as a CUDA graph on a GPU with Triton.
 
     It has room for `batch_size` texts of `length` tokens. n_vocab keeps the ids below it, since the rest are padding;
-    sample_token explains temperature, top_k and top_p. compile=True takes a while at first, then runs faster.
+    sample_token explains temperature, top_k and top_p. compile=True takes a while at first, then runs faster; the
+    model's layers stay compiled.
     """
 
     def __init__(self, model, batch_size, length, compile=False, n_vocab=None, **options):

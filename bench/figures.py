@@ -9,7 +9,6 @@ Prints the tables as Markdown, writes the pictures to docs/.
 import csv
 import itertools
 import json
-import statistics
 from pathlib import Path
 
 import matplotlib
@@ -61,8 +60,10 @@ def smooth(values, width=20):
 
 def spread(values, digits=3):
     """Mean and standard deviation of a few numbers, as text."""
-    text = f"{statistics.mean(values):.{digits}f}"
-    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+    if not np.isfinite(values).all():
+        return "diverged"
+    text = f"{np.mean(values):.{digits}f}"
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
 
 def print_table(title, rows):
@@ -80,8 +81,9 @@ def curves(logs, runs, folder):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     kinds = {kind: read_seeds(logs, runs, f"curves/{kind}-") for kind in NAMES}
     for (kind, seeds), (axis, column) in itertools.product(kinds.items(), zip(axes, ("loss", "grad_norm"))):
-        lines = np.array([smooth(log[column]) for log in seeds])
-        steps = seeds[0]["step"][-lines.shape[1] :]
+        shortest = min(len(log["step"]) for log in seeds)  # one that diverged ends early
+        lines = np.array([smooth(log[column][:shortest]) for log in seeds])
+        steps = seeds[0]["step"][:shortest][-lines.shape[1] :]
         axis.plot(steps, lines.mean(0), color=COLORS[kind], label=NAMES[kind], linewidth=1)
         axis.fill_between(steps, lines.min(0), lines.max(0), color=COLORS[kind], alpha=0.2, linewidth=0)
     axes[0].set(xlabel="step", ylabel="training loss, nats")
@@ -99,7 +101,7 @@ def early_rows(kinds):
     for kind in kinds:
         row = {"run": NAMES[kind]}
         for steps in EARLY:
-            early = {other: [log["loss"][:steps].mean() for log in seeds] for other, seeds in kinds.items()}
+            early = {other: [np.nanmean(log["loss"][:steps]) for log in seeds] for other, seeds in kinds.items()}
             row[f"loss, steps 1 to {steps}"] = spread(early[kind])
             for baseline, letter in (("vanilla-bare", "a"), ("vanilla", "d")):
                 change = np.mean(early[kind]) / np.mean(early[baseline]) - 1
@@ -110,7 +112,7 @@ def early_rows(kinds):
 
 def tuning(logs, runs, folder):
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    sft, dpo = read_log(logs, "sft"), read_log(logs, "dpo")
+    sft, dpo = read_log(logs, "tuning/sft"), read_log(logs, "tuning/dpo")
     panels = ((sft, "loss", "SFT: loss, nats"), (dpo, "loss", "DPO: loss"), (dpo, "accuracy", "DPO: accuracy, margin"))
     for axis, (log, column, title) in zip(axes, panels):
         draw_training(axis, log, column, "tab:blue")
@@ -138,7 +140,7 @@ def draw_training(axis, log, column, color):
 
 
 def ends(values, width=50):
-    return f"{values[:width].mean():.3f}, {values[-width:].mean():.3f}"
+    return f"{np.nanmean(values[:width]):.3f}, {np.nanmean(values[-width:]):.3f}"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -158,20 +160,23 @@ def held_out(logs, runs):
 
 
 def spikes(norms):
-    """How many gradient norms are above SPIKE times the median of the MEMORY steps before them."""
+    """How many gradient norms are above SPIKE times the median of the MEMORY steps before them, if they are finite."""
+    norms = np.where(np.isfinite(norms), norms, np.nan)
     return sum(norms[i] > SPIKE * np.nanmedian(norms[max(0, i - MEMORY) : i]) for i in range(1, len(norms)))
 
 
-def stability_row(log, max_steps):
+def stability_row(log, settings):
     norms, last = log["grad_norm"], len(log["step"])
+    later = norms[settings.warmup_steps :]
+    diverged = last < settings.max_steps or not np.isfinite(log["val_loss"][-1])
     return {
         "spikes": spikes(norms),
         "skipped steps": int((~np.isfinite(norms)).sum()),
         "highest norm": f"{np.nanmax(norms):.2f}",
-        "after the warmup": f"{np.nanmax(norms[last // 5 :]):.2f}",
+        "after the warmup": f"{np.nanmax(later):.2f}" if len(later) else "",
         "loss, last 50 steps": f"{np.nanmean(log['loss'][-50:]):.3f}",
         "held-out": f"{log['val_loss'][-1]:.3f}",
-        "diverged": "no" if last == max_steps else f"step {last}",
+        "diverged": f"step {last}" if diverged else "no",
     }
 
 
@@ -182,7 +187,7 @@ def stability(logs, runs, folder):
         for attn in ATTENTION:
             name = f"rates/{attn}-{rate:g}"
             log, labels = read_log(logs, name), {"peak learning rate": f"{rate:g}", "attn": attn}
-            rows.append(labels | stability_row(log, runs[name].settings.max_steps))
+            rows.append(labels | stability_row(log, runs[name].settings))
             axis.plot(log["step"], log["grad_norm"], color=COLORS[attn], label=attn, linewidth=0.6)
         axis.set(xlabel="step", yscale="log", title=f"peak learning rate {rate:g}")
     axes[0].set(ylabel="norm of the gradient")
@@ -309,7 +314,7 @@ def main():
     add_flags(parser)
     parser.add_argument("--pictures", default="docs", help="folder for the pictures (default: %(default)s)")
     arguments, runs = parse(parser)
-    folder = Path("out/smoke" if arguments.smoke else arguments.pictures)
+    folder = Path(arguments.out if arguments.smoke else arguments.pictures)
     make_missing(runs, arguments)
     for draw in (curves, tuning, stability, lambdas, inside, maps):
         draw(arguments.logs, runs, folder)

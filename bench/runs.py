@@ -1,10 +1,11 @@
 """The training runs that bench.figures draws: made here once, after which their logs are enough.
 
 python -m bench.runs                          # all whose log is not in docs/runs yet
-python -m bench.runs 'curves/*-1' sft dpo     # some, by name or pattern; several GPUs can take different ones
+python -m bench.runs 'curves/*-1' 'rates/*'   # some, by name or pattern; several GPUs can take different ones
 python -m bench.runs --list                   # their names
 
-An interrupted run goes on from its checkpoint in out/runs. The larger corpus is a data set of one's own (README).
+An interrupted run goes on from its checkpoint in out/runs. The larger corpus is a data set of one's own (README). The
+tuning runs begin with the models of others, which have to be finished.
 """
 
 import csv
@@ -25,6 +26,7 @@ import train
 from bench import fresh_memory
 from bench.probes import probe, sentence_maps
 from data import Parser, UserError, run_script
+from data.dataset import atomic_write
 from model import ATTENTION
 
 SENTENCE = "The dog that chased the cat up the tree sat down under the tree, and the cat looked down at the dog."
@@ -48,7 +50,13 @@ def plain_loss(model, inputs, targets):
 
 
 class Recorded(train.Pretraining):
-    """Pretraining that keeps the lambdas of every validation too."""
+    """Pretraining that keeps the lambdas of every validation, and its best model only if that is wanted."""
+
+    keep = False
+
+    def save_best(self, step):
+        if self.keep:
+            super().save_best(step)
 
     def validate(self, step):
         values, line = super().validate(step)
@@ -61,14 +69,14 @@ class Recorded(train.Pretraining):
 
 class WithoutMethods(Recorded):
     """Pretraining without the methods that L-Diff adds: the vocabulary is not padded, logits are kept, the learning
-    rate is constant, and AdamW has PyTorch's own settings. Its settings turn the compiler off, and for the report's
-    baseline the fused attention."""
+    rate is constant, and AdamW has PyTorch's own settings. BARE turns the compiler off, and the report's baseline has
+    no fused attention either. bf16 and clipped gradients stay."""
 
     def config(self):
         return unpadded(super().config(), self.encoding)
 
     def make_optimizer(self):
-        return torch.optim.AdamW(self.model.parameters(), fused=True)
+        return torch.optim.AdamW(self.model.parameters(), weight_decay=self.settings.weight_decay, fused=True)
 
     def learning_rate(self, step):
         return self.settings.learning_rate
@@ -81,23 +89,24 @@ class WithoutMethods(Recorded):
 
 @dataclass
 class Planned:
-    """A run to be made: its class and settings; whether its best.pt is wanted afterwards; and in how many texts its
-    attention is looked at in the end."""
+    """A run to be made: its class and settings; the run whose model it begins with; whether its own best.pt is wanted
+    afterwards; and in how many texts its attention is looked at in the end."""
 
     kind: type
     settings: train.CommonSettings
+    after: str = ""
     keep: bool = False
     texts: int = 0
 
 
 SHORT = dict(batch_size=8, micro_batch_size=8, max_steps=1000, eval_interval=50, save_interval=500)
 LONG = dict(batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=250, save_interval=500)
-BARE = dict(kind=WithoutMethods, compile="off", learning_rate=6e-4)
+BARE = dict(kind=WithoutMethods, compile="off", weight_decay=0.01)
 
 
 def pretraining(attn, kind=Recorded, keep=False, texts=0, **settings):
     shape = {**train.SHAPES["ldiff", attn], "preset": "ldiff", "attn": attn}
-    return Planned(kind, train.Settings(**shape, **settings), keep, texts)
+    return Planned(kind, train.Settings(**shape, **settings), keep=keep, texts=texts)
 
 
 def planned_runs(corpus, out):
@@ -114,9 +123,11 @@ def planned_runs(corpus, out):
     for attn, rate in itertools.product(ATTENTION, LEARNING_RATES):
         runs[f"rates/{attn}-{rate:g}"] = pretraining(attn, learning_rate=rate, dataset=corpus, **SHORT)
     tuning = dict(preset="ldiff", attn="v2", save_interval=1000)
-    pretrained, tuned = f"{out}/corpus/v2-1/best.pt", f"{out}/sft/best.pt"
-    runs["sft"] = Planned(sft.SFT, sft.Settings(**tuning, init_from=pretrained), keep=True)
-    runs["dpo"] = Planned(dpo.DPO, dpo.Settings(**tuning, init_from=tuned))
+    for stage, kind, settings, after in (
+        ("sft", sft.SFT, sft.Settings, "corpus/v2-1"), ("dpo", dpo.DPO, dpo.Settings, "tuning/sft"),
+    ):  # fmt: skip
+        begin = settings(**tuning, init_from=f"{out}/{after}/best.pt")
+        runs[f"tuning/{stage}"] = Planned(kind, begin, after=after, keep=stage == "sft")
     return runs
 
 
@@ -138,27 +149,30 @@ def shrunk(plan):
 
 def make(plan, folder, log, device):
     """Carry out a run in `folder`, or the rest of it, and write `log`, what is kept of its log.csv."""
-    checkpoints = [folder / name for name in (train.NEWEST, train.PREVIOUS, train.DAMAGED)]
-    resume = any(path.exists() for path in checkpoints[:2])
-    settings = replace(plan.settings, out_dir=str(folder), resume=resume, device=device)
-    start = train.load_latest(folder) if resume else None
-    if not resume and settings.init_from:
-        start = train.load_checkpoint(settings.init_from)
-    run = plan.kind(settings, start)
     with train.locked(folder):
+        resume = any((folder / name).exists() for name in (train.NEWEST, train.PREVIOUS))
+        settings = replace(plan.settings, out_dir=str(folder), resume=resume, device=device)
+        start = train.load_latest(folder) if resume else None
         if not resume:
             train.make_room(folder)
+            start = train.load_checkpoint(settings.init_from) if settings.init_from else None
+        run = plan.kind(settings, start)
+        run.keep = plan.keep
         try:
             train.fit(run, train.Log(run))
         except train.Diverged as error:  # what came before is the result
             print(f"{folder}: {error}")
-    if plan.texts:
-        look_inside(run, plan.texts, log.with_suffix(".json"))
-    keep_log(folder, log)  # last, for it marks the run as done
-    for path in checkpoints:
-        path.unlink(missing_ok=True)
+        if plan.texts:
+            look_inside(run, plan.texts, log.with_suffix(".json"))
+        keep_log(folder, log)  # last, for it marks the run as done
+
+
+def clean_up(plan, folder):
+    """Remove what is not needed of a finished run."""
+    for name in (train.NEWEST, train.PREVIOUS, train.DAMAGED):
+        (folder / name).unlink(missing_ok=True)
     if not plan.keep:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def look_inside(run, texts, path):
@@ -168,7 +182,8 @@ def look_inside(run, texts, path):
     with train.autocast(run.device), torch.no_grad():
         found["sentence"] = sentence_maps(run.model, run.encoding, SENTENCE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def keep_log(folder, path):
@@ -176,12 +191,12 @@ def keep_log(folder, path):
     lambdas = {}
     if (folder / "lambdas.csv").exists():
         with open(folder / "lambdas.csv", encoding="utf-8") as file:
-            lambdas = dict(line.rstrip("\n").split(",") for line in file)
+            lambdas = dict(line.split(",") for line in file.read().split("\n") if "," in line)
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     columns = [name for name in KEPT if name in rows[0]] + ["lambdas"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in rows:
@@ -198,14 +213,18 @@ def log_path(logs, name):
 
 
 def make_missing(runs, arguments):
-    """Make those of the runs whose log is not in the folder --logs."""
+    """Make those of the runs whose log is not in the folder --logs; raises UserError if the run that one begins with is
+    not done."""
     device = train.choose_device(arguments.device)
     for name, plan in runs.items():
-        log = log_path(arguments.logs, name)
+        log, folder = log_path(arguments.logs, name), Path(arguments.out) / name
         if not log.exists():
+            if plan.after and not log_path(arguments.logs, plan.after).exists():
+                raise UserError(f"{name} begins with the model of {plan.after}, which is not done")
             print(f"\n{name}:")
             fresh_memory(device)
-            make(plan, Path(arguments.out) / name, log, arguments.device)
+            make(plan, folder, log, arguments.device)
+        clean_up(plan, folder)
 
 
 def add_flags(parser):
@@ -213,15 +232,15 @@ def add_flags(parser):
     parser.add_argument("--logs", default="docs/runs", help="folder of finished runs' logs (default: %(default)s)")
     parser.add_argument("--out", default="out/runs", help="folder of runs under way (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of tiny models, in out/smoke")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of tiny models, anew, in OUT/smoke")
 
 
 def parse(parser):
     """The arguments, and the runs that they are about; in a smoke test, those of the first seed."""
     arguments = parser.parse_args()
     if arguments.smoke:
-        shutil.rmtree("out/smoke", ignore_errors=True)
-        arguments.out, arguments.logs = "out/smoke/runs", "out/smoke/logs"
+        arguments.out, arguments.logs = f"{arguments.out}/smoke", f"{arguments.out}/smoke/logs"
+        shutil.rmtree(arguments.out, ignore_errors=True)
     runs = planned_runs(arguments.corpus, arguments.out)
     if arguments.smoke:
         runs = {name: shrunk(plan) for name, plan in runs.items() if not name.endswith(("-2", "-3"))}

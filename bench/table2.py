@@ -62,8 +62,9 @@ def measure(attn, ingredients, table, arguments, device):
     fresh_memory(device)
     step = training_step(attn, ingredients, arguments, device)
     ms = median_ms(step, device, **(SMOKE if arguments.smoke else {}))
-    baseline = next((row["step_ms"] for row in table.rows if row["row"] == "a"), ms)
-    figures = dict(step_ms=ms, minutes=ms / 60, tokens_per_s=1000 * arguments.tokens / ms, ratio=ms / baseline)
+    first = table.rows[0].get("step_ms") if table.rows else ms  # that of row (a)
+    ratio = ms / first if first else None
+    figures = dict(step_ms=ms, minutes=ms / 60, tokens_per_s=1000 * arguments.tokens / ms, ratio=ratio)
     return figures | dict(peak_gib=peak_gib(device))
 
 

@@ -264,6 +264,16 @@ def test_autocast_computes_in_bf16(attn):
     assert relative_error(logits, expected) < 5e-2
 
 
+@pytest.mark.parametrize("attn", ["v1", "v2"])
+def test_the_difference_has_the_dtype_of_the_values(attn):
+    model = tiny_model(attn)
+    x, rope, attention_module = torch.randn(2, 20, 32), model.rope(20), model.layers[1].attn
+    with torch.autocast("cpu", torch.bfloat16):
+        q, k, v, *_ = attention_module.qkv(x.bfloat16(), rope)
+        lam = attention_module.lam(x.bfloat16())
+        assert attention_module.subtract(q, k, v, lam, None).dtype == v.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_initialisation(attn):
     torch.manual_seed(0)
@@ -471,9 +481,10 @@ def test_gpu_difference_kernel(N, G, keys, D, Dv, T):
         y1, y2 = (attention(*heads, causal=True, impl="naive") for heads in maps)
         pairs.append(y1 - factor * y2)
     reference = torch.cat(pairs, dim=2)
-    ours = model_module.kernels.differential_attention(*inputs)
+    strided = [x.movedim(1, 0).contiguous().movedim(0, 1) if x.ndim else x for x in inputs]
+    ours = model_module.kernels.differential_attention(*strided)
     assert ours.dtype == torch.bfloat16 and relative_error(ours, reference) < 5e-3
-    upstream = torch.randn_like(ours)
+    upstream = torch.randn_like(ours[:, :, :, :1]).expand_as(ours)
     ours.backward(upstream)
     reference.backward(upstream.double())
     for x, y in zip(inputs, exact):
@@ -483,16 +494,22 @@ def test_gpu_difference_kernel(N, G, keys, D, Dv, T):
 
 @needs_gpu
 @pytest.mark.parametrize("attn", ["v1", "v2"])
-def test_gpu_models_with_and_without_the_difference_kernel(attn):
-    """The same loss and gradients, compiled, with several pairs to a key head."""
-    results = []
+def test_gpu_models_with_and_without_the_difference_kernel(attn, monkeypatch):
+    """The same loss and gradients, compiled, with several pairs to a key head and several blocks of queries."""
+    if model_module.gpu_generation("cuda") != (9, 0):
+        pytest.skip("the kernel is for Hopper")
+    asked, has_kernel, results = [], model_module.has_difference_kernel, []
     for impl in ("auto", "sdpa"):
-        model = tiny_model(attn, "grouped", attn_impl=impl, head_dim=32, n_layer=1).cuda()
-        idx = torch.randint(64, (4, 24), generator=torch.Generator().manual_seed(1)).cuda()
+        model = tiny_model(attn, "grouped", attn_impl=impl, head_dim=32, n_layer=1, block_size=200).cuda()
+        idx = torch.randint(64, (4, 200), generator=torch.Generator().manual_seed(1)).cuda()
+        with monkeypatch.context() as patched, torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+            patched.setattr(model_module, "has_difference_kernel", lambda *x: asked.append(has_kernel(*x)) or asked[-1])
+            model(idx)
         with torch.autocast("cuda", torch.bfloat16):
             loss = torch.compile(model, fullgraph=True)(idx, idx)[1]
         loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    assert asked == [True, False]
     (loss, gradients), (expected, others) = results
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
     for name in gradients:

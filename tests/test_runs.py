@@ -2,6 +2,7 @@
 
 import types
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import train
-from bench import figures, runs
+from bench import figures, runs, table2
 from data import UserError
 from data.dataset import write_dataset
+from model import GPT
 
 SHAPE = dict(preset="tiny", block_size=32, n_layer=2, n_embd=32, n_head=2, head_dim=16, n_inner=48, device="cpu")
 FEW = dict(batch_size=2, micro_batch_size=1, max_steps=6, warmup_steps=2, eval_interval=2, eval_windows=2)
@@ -40,17 +42,19 @@ def test_the_runs_are_those_of_the_report():
             assert (tokens, s.max_steps, s.warmup_steps) == (8 * 2048, 1000, 200)
         if name.startswith("corpus/"):
             assert (tokens, s.max_steps, s.dataset) == (65536, 1500, "docs")
-        assert s.attn == ("v2" if name in ("sft", "dpo") else name.split("/")[1].split("-")[0])
+        assert s.attn == ("v2" if name.startswith("tuning/") else name.split("/")[1].split("-")[0])
         assert plan.kind is runs.WithoutMethods if "bare" in name else plan.kind is not runs.WithoutMethods
     naive = {name for name, plan in planned.items() if plan.settings.attn_impl == "naive"}
     assert naive == {f"curves/vanilla-bare-{seed}" for seed in (1, 2, 3)}
-    assert planned["sft"].settings.max_steps == 1000 and planned["dpo"].settings.max_steps == 625
-    assert planned["corpus/v2-1"].keep and planned["sft"].keep  # of which SFT and DPO begin
-    assert planned["dpo"].settings.init_from == "out/runs/sft/best.pt"
+    assert planned["tuning/sft"].settings.max_steps == 1000 and planned["tuning/dpo"].settings.max_steps == 625
+    for stage, before in (("sft", "corpus/v2-1"), ("dpo", "tuning/sft")):
+        plan = planned[f"tuning/{stage}"]
+        assert plan.after == before and planned[before].keep
+        assert plan.settings.init_from == f"out/runs/{before}/best.pt"
 
 
 def test_a_run_without_the_methods(plan):
-    run = runs.WithoutMethods(plan(runs.WithoutMethods, learning_rate=1e-3).settings)
+    run = runs.WithoutMethods(plan(**{**runs.BARE, "learning_rate": 1e-3}).settings)
     assert run.model.config.vocab_size == 257
     assert [run.learning_rate(step) for step in (1, 6)] == [1e-3, 1e-3]
     defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
@@ -64,7 +68,9 @@ def test_a_run_without_the_methods(plan):
     assert usual.model.config.vocab_size == 320 and usual.learning_rate(1) < usual.learning_rate(2)
 
 
-def test_an_interrupted_run_has_the_same_log(plan, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [runs.Recorded, runs.WithoutMethods])
+def test_an_interrupted_run_has_the_same_log(plan, kind, tmp_path, monkeypatch):
+    plan = partial(plan, kind, weight_decay=0.01)
     runs.make(plan(), tmp_path / "whole", tmp_path / "whole.csv", "cpu")
     save = train.Run.save
 
@@ -78,7 +84,6 @@ def test_an_interrupted_run_has_the_same_log(plan, tmp_path, monkeypatch):
     assert not (tmp_path / "part.csv").exists()
     runs.make(plan(), tmp_path / "part", tmp_path / "part.csv", "cpu")
     assert (tmp_path / "part.csv").read_text() == (tmp_path / "whole.csv").read_text()
-    assert not (tmp_path / "whole").exists()  # the log is all that is kept
     log = figures.read_log(tmp_path, "whole")
     assert log["step"].tolist() == [1, 2, 3, 4, 5, 6]
     assert log["lambdas"].shape == (6, 2) and np.isfinite(log["lambdas"][1::2]).all()
@@ -101,13 +106,45 @@ def test_a_run_that_diverges_is_a_result_and_other_errors_are_not(plan, tmp_path
         runs.make(plan(dataset=f"{tmp_path}/none"), tmp_path / "run", tmp_path / "other.csv", "cpu")
 
 
-def test_only_missing_runs_are_made(plan, tmp_path, monkeypatch):
+def test_only_missing_runs_are_made_and_nothing_is_left_of_them(plan, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(runs, "make", lambda plan, folder, log, device: made.append((folder.name, log.name)))
     (tmp_path / "curves-a.csv").write_text("")
+    for name in ("a", "b", "c"):
+        (tmp_path / "curves" / name).mkdir(parents=True)
+        for file in (train.NEWEST, train.PREVIOUS, "best.pt"):
+            (tmp_path / "curves" / name / file).write_text("")
     arguments = types.SimpleNamespace(logs=tmp_path, out=tmp_path, device="cpu")
-    runs.make_missing({"curves/a": plan(), "curves/b": plan()}, arguments)
-    assert made == [("b", "curves-b.csv")]
+    kept = replace(plan(), keep=True)
+    runs.make_missing({"curves/a": plan(), "curves/b": plan(), "curves/c": kept}, arguments)
+    assert made == [("b", "curves-b.csv"), ("c", "curves-c.csv")]
+    assert [path.name for path in (tmp_path / "curves").rglob("*")] == ["c", "best.pt"]
+    with pytest.raises(UserError, match="x begins with the model of curves/b, which is not done"):
+        runs.make_missing({"x": replace(plan(), after="curves/b")}, arguments)
+
+
+def test_a_log_that_is_cut_off_does_not_count(plan, tmp_path, monkeypatch):
+    """Nor does half a line of lambdas, which an interruption may leave, keep a run from its end."""
+    folder, log = tmp_path / "run", tmp_path / "run.csv"
+    folder.mkdir()
+    (folder / "lambdas.csv").write_text("2,0.5 0.5\n4")
+    (folder / "log.csv").write_text("step,loss,grad_norm,val_loss\n1,1.0,1.0,\n2,1.0,1.0,3.0\n")
+
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(runs, "_short", interrupted)
+        runs.keep_log(folder, log)
+    assert not log.exists()
+    runs.keep_log(folder, log)
+    assert log.read_text() == "step,loss,grad_norm,val_loss,lambdas\n1,1,1,,\n2,1,1,3,0.5 0.5\n"
+
+
+def test_the_best_model_is_kept_where_it_is_wanted(plan, tmp_path):
+    for keep in (False, True):
+        runs.make(replace(plan(), keep=keep), tmp_path / str(keep), tmp_path / "run.csv", "cpu")
+        assert (tmp_path / str(keep) / "best.pt").exists() == keep
 
 
 def test_shrunk_runs_keep_what_they_are_about():
@@ -133,6 +170,32 @@ def test_smoothing_and_spread():
     assert figures.smooth(np.arange(100.0)) == pytest.approx(np.arange(81) + 9.5)
     assert figures.smooth(np.array([1.0, 2.0])).tolist() == [1.0, 2.0]
     assert figures.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and figures.spread([0.5], 1) == "0.5"
+    assert figures.spread([1.0, np.float64("nan")]) == "diverged"
+
+
+def log_of(loss, grad_norm=None, val_loss=None):
+    loss = np.array(loss)
+    norms, held_out = (loss if values is None else np.array(values) for values in (grad_norm, val_loss))
+    return dict(step=np.arange(1, len(loss) + 1), loss=loss, grad_norm=norms, val_loss=held_out)
+
+
+def test_early_loss_and_its_distance_from_the_baselines():
+    first, later = np.full(200, 4.0), np.full(800, 2.0)
+    kinds = {kind: [log_of(np.concatenate((first, later)))] for kind in figures.NAMES}
+    kinds["v2"] = [log_of(np.concatenate((first * 0.5, later))), log_of(np.concatenate((first * 0.7, later)))]
+    kinds["v2"][0]["loss"][7] = np.nan  # a step that was skipped
+    row = figures.early_rows(kinds)[list(figures.NAMES).index("v2")]
+    assert row["loss, steps 1 to 200"] == "2.400 ± 0.566" and row["to 200, against (a)"] == "-40.0%"
+    assert row["to 1000, against (d)"].startswith("-13.")
+
+
+def test_stability_of_a_run():
+    settings = train.Settings(max_steps=6, warmup_steps=2)
+    row = figures.stability_row(log_of([5, 4, 3, 3, 2, 2], [9, 1, 1, 3, np.inf, 1], [np.nan] * 5 + [2.5]), settings)
+    assert (row["highest norm"], row["after the warmup"]) == ("inf", "inf") and row["skipped steps"] == 1
+    assert (row["spikes"], row["held-out"], row["diverged"]) == (0, "2.500", "no")
+    assert figures.stability_row(log_of([5, 4]), settings)["diverged"] == "step 2"
+    assert figures.stability_row(log_of([1] * 6, val_loss=[np.nan] * 6), settings)["diverged"] == "step 6"
 
 
 def test_pictures_and_tables_of_all_runs(tmp_path, monkeypatch, capsys):
@@ -140,7 +203,7 @@ def test_pictures_and_tables_of_all_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parent.parent)
     planned = {name: runs.shrunk(plan) for name, plan in runs.planned_runs("docs", "out").items()}
     for name, plan in planned.items():
-        columns = [c for c in runs.KEPT if name == "dpo" or "accuracy" not in c and "margin" not in c]
+        columns = [c for c in runs.KEPT if name == "tuning/dpo" or "accuracy" not in c and "margin" not in c]
         lines = [",".join([*columns, "lambdas"])]
         lines += [",".join([str(step), *["0.5"] * (len(columns) - 1), "0.2 0.3"]) for step in range(1, 5)]
         runs.log_path(tmp_path, name).write_text("\n".join(lines) + "\n")
@@ -153,3 +216,34 @@ def test_pictures_and_tables_of_all_runs(tmp_path, monkeypatch, capsys):
     assert "| 0.002 | v2 | 0 | 0 | 0.50 | 0.50 | 0.500 | 0.500 | no |" in text
     for name in ("curves", "tuning", "stability", "lambdas"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+# ------------------------------------------------------------------------------------- table 2
+
+
+@pytest.mark.parametrize("without", [*table2.INGREDIENTS, None])
+def test_every_ingredient_is_what_it_says(without, monkeypatch):
+    """All but one: the shape of the model, its kernel, its loss and the compiler."""
+    seen = {"plain loss": 0, "compiled": 0}
+
+    def build(config):
+        seen["config"] = config
+        return GPT(config)
+
+    def counted(name, function):
+        def call(*arguments):
+            seen[name] += 1
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(table2, "GPT", build)
+    monkeypatch.setattr(table2, "plain_loss", counted("plain loss", table2.plain_loss))
+    monkeypatch.setattr(train, "wants_compile", lambda mode, device: True)
+    monkeypatch.setattr(train, "compile_model", counted("compiled", lambda model: model))
+    arguments = types.SimpleNamespace(length=16, tokens=32, smoke=True)
+    ingredients = [name for name in table2.INGREDIENTS if name != without]
+    table2.training_step("v1", ingredients, arguments, torch.device("cpu"))()
+    assert seen["config"].vocab_size == (257 if without == "padding" else 320)
+    assert seen["config"].attn_impl == ("naive" if without == "flash" else "auto")
+    assert (seen["plain loss"], seen["compiled"]) == (without == "loss", without != "compile")
