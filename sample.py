@@ -65,7 +65,7 @@ class Speaker:
         self.decoder = Decoder(
             model, 1, self.config.block_size, settings.compile, n_vocab=self.encoding.n_vocab, **options
         )
-        print(f"model: {path}, {self.config.attn} after {self.stage}, step {checkpoint['step']}", file=sys.stderr)
+        self.about = f"model: {path}, {self.config.attn} after {self.stage}, step {checkpoint['step']}"
 
     def tokens(self, prompt, limit):
         """Yield at most `limit` ids with which the model continues a list of ids, up to an end token."""
@@ -89,6 +89,7 @@ class Speaker:
         prompt = [self.encoding.encode_single_token(END_OF_TEXT), *self.encoding.encode_ordinary(text)]
         if len(prompt) - 1 > self.config.block_size:
             raise UserError(f"the prompt's {len(prompt) - 1} tokens exceed the context of {self.config.block_size}")
+        print(self.about, file=sys.stderr)
         print(text, end="", flush=True)
         self.say(prompt, self.settings.max_new_tokens)
 
@@ -117,7 +118,7 @@ def decode(tokens, encoding):
 
 def chat(speaker, message):
     """Answer `message`, if there is one, and then what is typed."""
-    print("an empty line or Ctrl-D ends the conversation", file=sys.stderr)
+    print(f"{speaker.about}\nan empty line or Ctrl-D ends the conversation", file=sys.stderr)
     messages = []
     while message := message or read_message():
         messages.append(("user", message))

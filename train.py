@@ -112,7 +112,10 @@ def resumed_settings(given, settings_class, stage):
     if start["stage"] != stage:
         raise UserError(f"{out_dir / NEWEST} is a checkpoint of the stage {start['stage']}, not {stage}")
     saved = {f.name: start["settings"][f.name] for f in fields(settings_class) if f.name in start["settings"]}
-    return settings_class(**{**saved, "source": "", **given}), start  # the data were prepared when the run began
+    if wrong := [f.name for f in fields(settings_class) if not isinstance(saved.get(f.name, f.default), f.type)]:
+        raise UserError(f"{out_dir / NEWEST} is no checkpoint to resume from: its {wrong[0]} is of another type")
+    # The data were prepared when the run began, and its folder may have been moved since.
+    return settings_class(**{**saved, "source": "", "out_dir": str(out_dir), **given}), start
 
 
 def check_settings(settings, device):
@@ -185,18 +188,22 @@ def load_checkpoint(path):
     """What save_checkpoint wrote, on the CPU; raises UserError if the file is missing, damaged or something else."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if part := archive.testzip():  # torch.load does not look at the checksums
-                raise ValueError(part)
+            # torch.load does not look at the checksums, and leaves the tensor of a part that is marked as a folder as
+            # the memory happens to be
+            if archive.testzip() or any(part.external_attr & 0x10 for part in archive.infolist()):
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = [n for n in ("model", "config", "settings", "data") if not isinstance(checkpoint.get(n), dict)]
-        missing += [n for n in ("step", "stage") if n not in checkpoint]
+        missing += [n for n, kind in (("step", int), ("stage", str)) if not isinstance(checkpoint.get(n), kind)]
     except FileNotFoundError as error:
         raise Damaged(f"there is no checkpoint {path}") from error
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # zip, pickle, key, attribute and runtime errors: torch.load has none of its own
         raise Damaged(f"{path} is damaged, or not a checkpoint ({type(error).__name__})") from error
     if missing:
         raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(missing)}")
-    if checkpoint.get("format", FORMAT) > FORMAT:
+    if checkpoint.get("format", FORMAT) not in range(1, FORMAT + 1):
         raise UserError(f"{path} was written by a newer version of this project")
     return checkpoint
 
@@ -222,17 +229,20 @@ def load_latest(out_dir):
 def saved_config(checkpoint, attn_impl):
     """The GPTConfig of a checkpoint's model."""
     try:
-        return GPTConfig(**{**checkpoint["config"], "attn_impl": attn_impl})
+        config = GPTConfig(**{**checkpoint["config"], "attn_impl": attn_impl})
     except (TypeError, ValueError) as error:
         raise UserError(f"the checkpoint's config cannot be used: {error}") from error
+    if config.vocab_size < (least := get_tokenizer(checkpoint["data"].get("tokenizer")).n_vocab):
+        raise UserError(f"the checkpoint's vocabulary of {config.vocab_size} is smaller than its tokenizer's, {least}")
+    return config
 
 
 def load_weights(model, checkpoint):
     """Put a checkpoint's weights into a model and return it; raises UserError if they do not fit."""
     try:
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        is_tuned = any(".lora_" in name for name in checkpoint["model"])
+    except (AttributeError, RuntimeError, TypeError) as error:  # the latter of names and tensors that are none
+        is_tuned = any(".lora_" in str(name) for name in checkpoint["model"])
         hint = ": its adapters are apart, but best.pt beside it holds the whole model" if is_tuned else ""
         raise UserError(f"the checkpoint's weights do not fit{hint}") from error
     return model
@@ -274,7 +284,7 @@ def choose_device(name):
         device = torch.empty(1, device=name).device
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} is not available here") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -545,10 +555,10 @@ class Run:
         if checkpoint["data"] != self.meta:
             raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
         try:
-            self.done, self.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+            self.done, self.best_val_loss = checkpoint["step"], float(checkpoint["best_val_loss"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             set_rng_state(checkpoint["rng"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.out_dir / NEWEST} is no checkpoint to resume from") from error
 
     def validate(self, step):

@@ -8,6 +8,11 @@ class UserError(Exception):
     """A mistake that the user can mend: one line that says what is wrong and what to do."""
 
 
+def one_line(message):
+    """A message without the line breaks of what it quotes."""
+    return " ".join(str(message).splitlines())
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with a module's docstring for --help, no abbreviated flags, and errors in one line."""
 
@@ -16,7 +21,22 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **options)
 
     def error(self, message):
-        self.exit(2, f"error: {message}; --help lists the flags\n")
+        self.exit(2, f"error: {one_line(message)}; --help lists the flags\n")
+
+
+# What torch and numpy say of more than the memory holds, where they do not raise a MemoryError.
+TOO_LARGE = ("can't allocate memory", "out of memory", "size calculation overflowed", "array is too big")
+
+
+def explain(error):
+    """What to tell the user about an exception; nothing about one that is a mistake of the program."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (UserError, OSError)):
+        return str(error)
+    if isinstance(error, MemoryError) or any(words in str(error) for words in TOO_LARGE):
+        return "the memory is full; try a smaller batch or model"
+    return ""
 
 
 def run_script(main):
@@ -24,8 +44,10 @@ def run_script(main):
     Ctrl-C is exit code 130."""
     try:
         main()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not (message := explain(error)):
+            raise
+        print(f"error: {one_line(message)}", file=sys.stderr)
+        sys.exit(2)

@@ -33,6 +33,7 @@ from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
 # For each kind of data, the data set whose prepare.py reads the user's own files, and what they are.
 READERS = {"": ("wikitext2", "text file"), "sft": ("slimorca", "JSONL file"), "dpo": ("orca_dpo_pairs", "JSONL file")}
 HELD_OUT = 0.1  # share of the text that becomes val.bin where no validation text is given
+PROGRESS = dict(disable=None, leave=False)  # a progress bar for a terminal alone, which what is printed next replaces
 VAL_EVERY = 20  # of examples, and of tiny's documents, every 20th is held out
 
 # ---------------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def write_dataset(directory, documents, tokenizer, source):
     meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "tokens": {}, "crc32": {}, "source": source}
     for split, texts in documents.items():
         with atomic_write(directory / f"{split}.bin") as path:
-            progress = tqdm(texts, f"tokenizing {split}", unit=" documents")
+            progress = tqdm(texts, f"tokenizing {split}", unit=" documents", **PROGRESS)
             meta["tokens"][split], meta["crc32"][split] = _write_tokens(path, progress, encoding)
     _write_meta(directory, meta)
     counts = ", ".join(f"{count:,} tokens for {split}" for split, count in meta["tokens"].items())
@@ -154,7 +155,7 @@ def write_examples(directory, rows, tokenize, tokenizer, block_size, source, tot
     with contextlib.ExitStack() as files:
         train, val = (_ExampleWriter(directory, split, files) for split in ("train", "val"))
         results = _tokenize_all(rows, tokenize, tokenizer, block_size)
-        for example, cut, skipped in tqdm(results, "tokenizing", total, unit=" rows"):
+        for example, cut, skipped in tqdm(results, "tokenizing", total, unit=" rows", **PROGRESS):
             report.update(rows=1, cut=cut)
             if skipped:
                 report[skipped] += 1
@@ -226,7 +227,7 @@ def _tokenize_chunk(rows, tokenize, tokenizer, block_size):
 def _parse(line):
     """The value in a line of a JSONL file; None if it is not JSON."""
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8-sig"))  # json.loads would guess UTF-16, of which lines are cut elsewhere
     except (ValueError, RecursionError):
         return None
 
@@ -271,6 +272,8 @@ def prepared_directory(name, source, kind="", **options):
     """The folder of the data set `name`, a folder in data/ or a path with a slash; of its `kind`, "" for text or sft or
     dpo. It is prepared first, with `options`, if it is missing, or was made from something else than the local file
     `source`, or from an older version of it."""
+    if name in ("", ".", ".."):
+        raise UserError("--dataset needs a name, or a path with a slash")
     reader, file = READERS[kind]
     home = Path(name) if "/" in name else Path(__file__).parent / name
     if _is_prepared(home / kind / "meta.json", source):
@@ -298,13 +301,14 @@ def read_meta(directory, tokenizer=""):
     path = Path(directory) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if not {"tokenizer", "crc32", "source"} <= meta.keys():
-            raise KeyError
-        if not isinstance(meta["vocab_size"], int) or not isinstance(meta["tokens"], dict):
+        counts = [*meta["tokens"].values(), *meta.get("examples", {}).values(), meta["vocab_size"]]
+        if not all(isinstance(count, int) for count in [*counts, meta.get("block_size", 0)]):
+            raise TypeError
+        if not all(isinstance(meta[name], str) for name in ("tokenizer", "source")) or "crc32" not in meta:
             raise TypeError
     except OSError as error:
         raise UserError(f"{directory} is not a prepared data set: {path} cannot be read") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged; delete it to prepare the data again") from error
     if tokenizer not in ("", meta["tokenizer"]):
         raise UserError(
@@ -317,6 +321,8 @@ def read_meta(directory, tokenizer=""):
 def open_tokens(directory, split, meta, block_size=0):
     """Memory-map the ids of one split (N,), checked against meta.json and for being more than block_size."""
     path = Path(directory) / f"{split}.bin"
+    if meta["vocab_size"] != get_tokenizer(meta["tokenizer"]).n_vocab:
+        raise UserError(f"{directory}/meta.json is damaged: its tokenizer has another vocabulary")
     tokens = _memory_map(path, _token_type(meta["vocab_size"]), meta["tokens"].get(split))
     if len(tokens) <= block_size:
         raise UserError(f"{path} has {len(tokens):,} tokens: too few for a block_size of {block_size}")
@@ -364,9 +370,11 @@ def open_examples(directory, split, meta, group, block_size):
     mask = _memory_map(directory / f"{split}.mask.bin", np.uint8, tokens)
     offsets = _memory_map(directory / f"{split}.offsets.bin", np.int64, examples * group + 1)
     lengths = np.diff(offsets)
-    if offsets[0] != 0 or offsets[-1] != tokens or not 1 <= lengths.min() <= lengths.max() <= block_size:
+    whole = len(lengths) and offsets[0] == 0 and offsets[-1] == tokens
+    if not whole or not 1 <= lengths.min() <= lengths.max() <= block_size:
         raise UserError(f"{directory / f'{split}.offsets.bin'} is damaged")
-    if mask.max() != 1:
+    starts = offsets[:-1]  # every row has something to learn beside its first id, which follows none
+    if mask.max() > 1 or (np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts]).min() < 1:
         raise UserError(f"{directory / f'{split}.mask.bin'} is damaged")
     return Examples(ids, mask, offsets, group)
 

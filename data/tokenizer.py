@@ -15,17 +15,20 @@ END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TOKENIZERS = ("gpt2", "bytes")
 
 
-@functools.cache
 def get_tokenizer(name):
     """The tiktoken.Encoding called `name`; raises UserError if it is unknown or cannot be loaded."""
-    if name == "gpt2":
-        return _gpt2()
-    if name == "bytes":
-        ranks = {bytes([value]): value for value in range(256)}  # no merges, so every piece falls apart into bytes
-        return _with_control_tokens("bytes", r"[^\n]*\n|[^\n]+", ranks, {END_OF_TEXT: 256})
-    raise UserError(f"no tokenizer is called {name!r}; there are {' and '.join(TOKENIZERS)}")
+    if name not in TOKENIZERS:
+        raise UserError(f"no tokenizer is called {name!r}; there are {' and '.join(TOKENIZERS)}")
+    return _gpt2() if name == "gpt2" else _bytes()
 
 
+@functools.cache
+def _bytes():
+    ranks = {bytes([value]): value for value in range(256)}  # no merges, so every piece falls apart into bytes
+    return _with_control_tokens("bytes", r"[^\n]*\n|[^\n]+", ranks, {END_OF_TEXT: 256})
+
+
+@functools.cache
 def _gpt2():
     try:
         base = tiktoken.get_encoding("gpt2")
@@ -34,7 +37,9 @@ def _gpt2():
             f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder "
             "that holds it, or do without it: --preset tiny, or --tokenizer bytes"
         ) from error
-    return _with_control_tokens("gpt2", base._pat_str, base._mergeable_ranks, base._special_tokens)
+    # Its pattern panics at a million blanks in a row. Bounded it does not, and up to 65,536 of them it is the same.
+    pattern = base._pat_str.replace(r"\s+(?!\S)", r"\s{1,65536}(?!\S)")
+    return _with_control_tokens("gpt2", pattern, base._mergeable_ranks, base._special_tokens)
 
 
 def _with_control_tokens(name, pattern, ranks, special):

@@ -165,6 +165,19 @@ def test_two_runs_cannot_share_a_folder(home, tmp_path):
     carry_out(home, "pretrain", out, "--max_steps", 4)
 
 
+def test_a_run_goes_on_in_the_folder_that_it_was_moved_to(home, tmp_path, monkeypatch):
+    """And not where its checkpoint says it was."""
+    monkeypatch.chdir(tmp_path)
+    carry_out(home, "pretrain", tmp_path / "before", "--max_steps", 4)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "before").rename(tmp_path / "out" / "pretrain")
+    given = train.parse_flags(train.Settings, "", {}, ["--resume", "--max_steps", "8"])  # the default --out_dir
+    run = train.Pretraining(*train.choose_settings(given))
+    run.sample = lambda: ""
+    train.carry_out(run)
+    assert not (tmp_path / "before").exists() and len(rows_of(tmp_path / "out" / "pretrain")) == 8
+
+
 # ------------------------------------------------------------------------------------- damaged files
 
 

@@ -473,6 +473,7 @@ def test_checkpoints_that_cannot_be_resumed(run, dataset, tmp_path):
         (dict(optimizer=None), "no checkpoint to resume from"),
         (dict(rng=None), "no checkpoint to resume from"),
         (dict(settings=3), "it lacks settings"),
+        (dict(settings=good["settings"] | {"batch_size": "four"}), "its batch_size is of another type"),
         (dict(data={}), "the checkpoint's tokenizer is None"),
         (dict(data=good["data"] | {"crc32": {}}), "not the one that the run began with"),
     ):

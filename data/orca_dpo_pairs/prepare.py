@@ -51,5 +51,9 @@ def prepare_dpo(directory, source="", tokenizer="gpt2", block_size=2048):
     write_examples(directory, rows, tokenize, tokenizer, block_size, name, total)
 
 
+def main():
+    prepare_examples(__doc__, prepare_dpo, Path(__file__).parent, "dpo")
+
+
 if __name__ == "__main__":
-    run_script(lambda: prepare_examples(__doc__, prepare_dpo, Path(__file__).parent, "dpo"))
+    run_script(main)

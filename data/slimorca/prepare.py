@@ -50,5 +50,9 @@ def prepare_sft(directory, source="", tokenizer="gpt2", block_size=2048):
     write_examples(directory, rows, tokenize, tokenizer, block_size, name, total)
 
 
+def main():
+    prepare_examples(__doc__, prepare_sft, Path(__file__).parent, "sft")
+
+
 if __name__ == "__main__":
-    run_script(lambda: prepare_examples(__doc__, prepare_sft, Path(__file__).parent, "sft"))
+    run_script(main)
