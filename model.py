@@ -99,7 +99,7 @@ def attention(q, k, v, softmax_scale=None, causal=False, impl="auto"):
 
 
 def resolve_impl(impl, q):
-    """`auto` is PyTorch's kernels, except on GPUs where the flash-attn package is faster and installed."""
+    """`auto` is PyTorch's kernels, but the flash-attn package where it is installed and cuDNN cannot be used."""
     if impl != "auto":
         return impl
     can_use_package = flash_attn_func is not None and q.is_cuda and q.dtype in HALF
@@ -223,7 +223,7 @@ class JointProjections(nn.Module):
         layers = self.projections()
         bases = [getattr(layer, "base", layer) for layer in layers]
         outputs = self.base_outputs(x, bases)
-        adapted = [layer for layer in layers if layer not in bases]
+        adapted = [layer for layer in layers if layer not in bases]  # LoRA's, whose adapt() does them all
         return adapted[0].adapt(outputs, layers, x) if adapted else outputs
 
     def base_outputs(self, x, layers):
@@ -250,7 +250,6 @@ class Attention(JointProjections):
 
     q_per_head = 1  # query heads, in n_head
     value_width = 1  # width of a value head, in head_dim
-    products = 2  # multiplications per pair of tokens, in n_head * head_dim: one for the scores, one for the values
 
     def __init__(self, config, layer):
         super().__init__()
@@ -287,7 +286,12 @@ class Attention(JointProjections):
 
 
 class DiffAttention(Attention):
-    """What V1 and V2 share. Heads 2i and 2i + 1 of q make the two maps of pair i, which read the same value head."""
+    """What V1 and V2 share: heads 2i and 2i + 1 of q make the two maps of pair i, which read the same value head.
+
+    A subclass has q_per_head or value_width of 2, a method lam(x), the factor of the second map broadcast to
+    (B, T, pair), and a forward() that calls subtract(). Layers that it adds to projections() come last, and qkv()
+    returns what they make of x in the end.
+    """
 
     def subtract(self, q, k, v, lam, cache):
         """A1 V - lam A2 V, with lam broadcast to (B, T, pair) -> (B, T, pair, Dv)."""
@@ -313,7 +317,6 @@ class DiffAttnV1(DiffAttention):
     """
 
     value_width = 2
-    products = 3
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -345,7 +348,6 @@ class DiffAttnV2(DiffAttention):
     """
 
     q_per_head = 2
-    products = 4
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -356,7 +358,7 @@ class DiffAttnV2(DiffAttention):
 
     def lam(self, x):
         """The factor of the second map, sigmoid(lambda): x (B, T, C) -> (B, T, n_head)."""
-        return torch.sigmoid(self.lambda_proj(x))
+        return torch.sigmoid(self.project(x)[-1])
 
     def forward(self, x, rope, cache=None):
         q, k, v, lam = self.qkv(x, rope)
@@ -554,7 +556,7 @@ class GPT(nn.Module):
     def lambdas(self, idx):
         """The factor of the second map in every layer, a list of floats: V1's lambda; V2's sigmoid(lambda), averaged
         over heads and the tokens of idx (B, T). Empty for attention without one."""
-        if not hasattr(ATTENTION[self.config.attn], "lam"):
+        if not issubclass(ATTENTION[self.config.attn], DiffAttention):
             return []
         means = []
         rope, x = self.rope(idx.size(1)), self.embed(idx)
@@ -602,7 +604,8 @@ class GPT(nn.Module):
         T, config = T or self.config.block_size, self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         visible = T / 2  # keys a causal token sees on average
-        products = ATTENTION[config.attn].products * config.n_head * config.head_dim * visible
+        kind = ATTENTION[config.attn]
+        products = kind.q_per_head * (1 + kind.value_width) * config.n_head * config.head_dim * visible
         return 6 * (weights + config.n_layer * products)
 
 
@@ -662,7 +665,8 @@ class Decoder:
         self.model, self.length, self.n_vocab, self.options = model, length, n_vocab, options
         device = model.rope_cos.device
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # the latest, not in the cache yet
-        self.used, self.position = 0, torch.zeros(1, dtype=torch.int64, device=device)  # where it will be, twice
+        self.used = 0  # tokens in the cache
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # the same, where a CUDA graph can read it
         self.cache = KVCache(model.config, batch_size, length, model.embed(self.token).dtype, device)
         self.hidden = model.hidden
         if compile:

@@ -56,7 +56,10 @@ def flag(default, help, choices=None, least=-math.inf, most=2**63 - 1):
 class CommonSettings:
     """The flags that mean the same in every script."""
 
-    preset: str = flag("auto", "defaults; auto: ldiff with CUDA, else tiny", choices=("auto", "tiny", "ldiff"))
+    preset: str = flag(
+        "auto", "defaults: tiny, for a CPU; ldiff, 159M parameters, for a GPU; auto, by the machine",
+        choices=("auto", "tiny", "ldiff"),
+    )  # fmt: skip
     attn: str = flag("v2", "attention mechanism", choices=tuple(ATTENTION))
     dataset: str = flag("wikitext2", "folder in data/, or a path with a slash")
     source: str = flag("", "local file to prepare the data set from, instead of the hub")
@@ -67,14 +70,14 @@ class CommonSettings:
     max_steps: int = flag(1000, "optimizer steps", least=1)
     batch_size: int = flag(16, "sequences a step", least=1)
     micro_batch_size: int = flag(16, "sequences in memory at once; gradients of several add up", least=1)
-    learning_rate: float = flag(6e-4, "peak", least=0)
+    learning_rate: float = flag(6e-4, "the highest, which the warmup ends with", least=0)
     warmup_steps: int = flag(200, "steps of linear warmup, before the cosine", least=0)
     eval_interval: int = flag(100, "steps between validations", least=1)
     save_interval: int = flag(250, "steps between checkpoints", least=1)
     log_interval: int = flag(10, "steps between lines on the screen", least=1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     compile: str = flag("auto", "torch.compile; auto: on with CUDA", choices=("auto", "on", "off"))
-    attn_impl: str = flag("auto", "attention kernel", choices=ATTENTION_IMPLS)
+    attn_impl: str = flag("auto", "attention kernel; naive: plain PyTorch, for reading", choices=ATTENTION_IMPLS)
 
 
 def parse_flags(settings_class, description, tiny, argv=None):
@@ -135,7 +138,7 @@ def check_settings(settings, device):
 
 NEWEST, PREVIOUS, DAMAGED = "ckpt.pt", "ckpt-previous.pt", "ckpt-damaged.pt"
 RUN_FILES = (NEWEST, PREVIOUS, DAMAGED, "best.pt", "adapter.pt", "log.csv")
-FORMAT = 1  # of checkpoints; the next version to change what is in them counts on
+FORMAT = 1  # of checkpoints: one more whenever what is in them changes
 
 
 def make_room(out_dir):
@@ -355,7 +358,7 @@ class Log:
         self.columns = ["step", "loss", *run.metrics, "grad_norm", "skipped", "lr", f"{run.unit}_per_s", "mfu"]
         self.columns += [f"val_{name}" for name in ("loss", *run.metrics)]
         self.rows, self.speeds, self.started = [], [], time.perf_counter()
-        self.skipped = self.in_a_row = 0
+        self.skipped = self.skipped_in_a_row = 0
 
     def open(self, done):
         """Begin log.csv, or keep its rows up to step `done`: an interrupted run repeats those after its checkpoint."""
@@ -397,11 +400,11 @@ class Log:
 
     def _check(self, row):
         advice = "the last checkpoint is from before that; try a lower --learning_rate or a longer --warmup_steps"
-        self.in_a_row = self.in_a_row + 1 if row["skipped"] else 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
         if row["skipped"]:
             self.skipped += 1
             print(f"step {row['step']} skipped: loss or gradient not finite ({self.skipped} so far)")
-        if self.in_a_row == MOST_SKIPPED:
+        if self.skipped_in_a_row == MOST_SKIPPED:
             raise Diverged(f"{MOST_SKIPPED} steps in a row up to {row['step']} gave no finite gradient; {advice}")
         if not all(math.isfinite(value) for name, value in row.items() if name.startswith("val_")):
             raise Diverged(f"the validation after step {row['step']} is not finite; {advice}")
@@ -467,7 +470,8 @@ def fit(run, log):
             lr = run.learning_rate(step)
             measured = optimizer_step(run.optimizer, lr, run.accumulate, micro_batches)
             log.rows.append(dict(step=step, lr=lr, work=work, **measured))
-            last, stopping = step == steps[-1], bool(stop)  # a signal from here on waits for the next step
+            last = step == steps[-1]
+            stopping = bool(stop)  # a signal from here on waits for the next step
             validating = last or step % s.eval_interval == 0
             saving = last or stopping or step % s.save_interval == 0
             if validating:
@@ -497,7 +501,9 @@ def optimizer_step(optimizer, lr, accumulate, micro_batches, clip=1.0):
         [p for group in optimizer.param_groups for p in group["params"]], clip
     )
     total["skipped"] = ~torch.isfinite(total["loss"] + total["grad_norm"])
-    optimizer.found_inf = total["skipped"].float()  # a fused optimizer looks at it, on the GPU, which no one waits for
+    optimizer.found_inf = total[
+        "skipped"
+    ].float()  # fused AdamW does nothing where it is 1; an `if` would wait for the GPU
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -594,7 +600,7 @@ def carry_out(run):
     """The whole run, from a description to a sample of text."""
     describe(run)
     if run.done >= run.settings.max_steps:
-        print(f"the run in {run.out_dir} has {run.done} steps already; a higher --max_steps would add to it")
+        print(f"the run in {run.out_dir} has {run.done} steps already; a higher --max_steps adds to it")
         return
     with locked(run.out_dir):
         if not run.settings.resume:
@@ -653,10 +659,10 @@ class Settings(CommonSettings):
     block_size: int = flag(2048, "context length in tokens", least=1)
     n_layer: int = flag(12, "layers", least=1)
     n_embd: int = flag(768, "width", least=1)
-    n_head: int = flag(6, "heads; n_head * head_dim is the width of the attention", least=1)
+    n_head: int = flag(6, "heads, by --attn; n_head * head_dim is the width of the attention", least=1)
     n_kv_head: int = flag(0, "key and value heads; 0: as many as n_head", least=0)
-    head_dim: int = flag(128, "width of a head", least=2)
-    n_inner: int = flag(1664, "width of the SwiGLU", least=1)
+    head_dim: int = flag(128, "width of a head, by --attn", least=2)
+    n_inner: int = flag(1664, "width of the SwiGLU, by --attn", least=1)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output layer")
     weight_decay: float = flag(0.1, "of AdamW", least=0)
     eval_windows: int = flag(64, "sequences to validate on, always the same", least=1)
@@ -680,6 +686,12 @@ SHAPES = {
     ("tiny", "v2"): dict(n_head=3, head_dim=64, n_inner=448),
 }
 
+
+def shape_of(preset, attn):
+    """What an attention without a line of its own in SHAPES has is vanilla's."""
+    return SHAPES.get((preset, attn), SHAPES[preset, "vanilla"])
+
+
 SHAPE_FLAGS = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Settings)} - {"attn_impl"}
 
 
@@ -691,7 +703,7 @@ def choose_settings(given):
     has_gpu = torch.cuda.is_available()
     preset = choose_preset(given, *(("ldiff", "there is a CUDA GPU") if has_gpu else ("tiny", "there is no CUDA GPU")))
     start = load_checkpoint(given["init_from"]) if given.get("init_from") else None
-    shape = SHAPES.get((preset, given.get("attn", Settings.attn)), SHAPES[preset, "vanilla"])
+    shape = shape_of(preset, given.get("attn", Settings.attn))
     if start:
         shape = {name: start["config"][name] for name in SHAPE_FLAGS if name in start["config"]}
     return Settings(**{**PRESETS[preset], **shape, **given, "preset": preset}), start

@@ -1,10 +1,12 @@
 """Benchmarks: `python -m bench.NAME` prints a table and writes it to out/bench/NAME.json; --smoke tries it anywhere.
+NAME is attention, pretrain, finetune, decode or table2; runs and figures have other outputs, and probes is for them.
 
 A time is the median over runs of the median over calls, after a warm-up: CUDA events on a GPU, the clock elsewhere.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -20,6 +22,7 @@ import model
 import train
 from data import Parser, UserError
 from data.dataset import prefetch
+from model import GPT
 
 SMOKE = dict(calls=2, runs=1, warmup=1)  # for median_ms
 
@@ -54,8 +57,29 @@ def batch_size(tokens, length):
 def model_config(attn, block_size, smoke):
     """The shape of the 159M model, or of the tiny one."""
     preset = "tiny" if smoke else "ldiff"
-    shape = {**train.PRESETS[preset], **train.SHAPES[preset, attn], "attn": attn, "block_size": block_size}
+    shape = {**train.PRESETS[preset], **train.shape_of(preset, attn), "attn": attn, "block_size": block_size}
     return train.build_config(train.Settings(**shape), vocab_size=257 if smoke else 50257)
+
+
+def chunked_loss(model, inputs, targets):
+    return model(inputs, targets)[1]
+
+
+def training_step(config, tokens, device, compile, loss=chunked_loss):
+    """A function that takes a training step of a new model on the same random tokens, and the model."""
+    torch.manual_seed(1)
+    model = GPT(config).to(device)
+    compiled = train.compile_model(model) if train.wants_compile(compile, device) else model
+    optimizer = train.make_optimizer(model, weight_decay=0.1)
+    ids = torch.randint(256, (batch_size(tokens, config.block_size), config.block_size + 1), device=device)
+    batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
+
+    def loss_of(inputs, targets):
+        with train.autocast(device):
+            return {"loss": loss(compiled, inputs, targets)}
+
+    accumulate = functools.partial(train.accumulate, loss_of)
+    return lambda: train.optimizer_step(optimizer, 1e-4, accumulate, batch), model
 
 
 def median_ms(work, device, calls=10, runs=3, warmup=3):

@@ -29,7 +29,7 @@ FLAGS = dict(
     compile=dict(default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: with a GPU"),
 )
 
-STAGES = {"sft": (sft.Settings, sft.SFT, 1), "dpo": (dpo.Settings, dpo.DPO, 2)}  # and answers to a prompt
+STAGES = {"sft": (sft.Settings, sft.SFT, 1), "dpo": (dpo.Settings, dpo.DPO, 2)}  # settings, run, answers to a prompt
 
 # tokens of the prompt and of the answer, examples a step
 SHAPES = {"sft": (0, 1024, 16), "dpo": (256, 256, 8)}

@@ -8,7 +8,6 @@ All tokens of a step are in memory at once.
 """
 
 import dataclasses
-import functools
 import itertools
 import statistics
 import tempfile
@@ -32,10 +31,11 @@ from bench import (
     parse_arguments,
     peak_gib,
     quiet,
+    training_step,
 )
 from data import UserError, run_script
 from data.dataset import write_dataset
-from model import ATTENTION, ATTENTION_IMPLS, GPT
+from model import ATTENTION, ATTENTION_IMPLS
 
 FLAGS = dict(
     attn=dict(nargs="+", default=list(ATTENTION), choices=list(ATTENTION), help="kinds of attention"),
@@ -48,27 +48,10 @@ FLAGS = dict(
 )
 
 
-def training_step(arguments, attn, length, device):
-    """A function that takes one step on random tokens, and its model."""
-    torch.manual_seed(1)
-    config = dataclasses.replace(model_config(attn, length, arguments.smoke), attn_impl=arguments.attn_impl)
-    model = GPT(config).to(device)
-    compiled = train.compile_model(model) if train.wants_compile(arguments.compile, device) else model
-    optimizer = train.make_optimizer(model, weight_decay=0.1)
-    tokens = torch.randint(256, (batch_size(arguments.tokens, length), length + 1), device=device)
-
-    def loss_of(inputs, targets):
-        with train.autocast(device):
-            return {"loss": compiled(inputs, targets)[1]}
-
-    accumulate = functools.partial(train.accumulate, loss_of)
-    batch = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
-    return lambda: train.optimizer_step(optimizer, 1e-4, accumulate, batch), model
-
-
 def measure(attn, length, arguments, device):
     fresh_memory(device)
-    step, model = training_step(arguments, attn, length, device)
+    config = dataclasses.replace(model_config(attn, length, arguments.smoke), attn_impl=arguments.attn_impl)
+    step, model = training_step(config, arguments.tokens, device, arguments.compile)
     ms = median_ms(step, device, **(SMOKE if arguments.smoke else {}))
     speed, peak = 1000 * arguments.tokens / ms, train.peak_flops(device)
     mfu = speed * model.flops_per_token() / peak if peak else None
@@ -81,12 +64,12 @@ def measure(attn, length, arguments, device):
     return figures
 
 
-def print_kernels(step, count):
+def print_kernels(step, most):
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
     kernels = sorted(profiled.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
-    for kernel in kernels[:count]:
+    for kernel in kernels[:most]:
         print(f"    {kernel.self_device_time_total / 1000:7.2f} ms in {kernel.count:4d} calls of {kernel.key[:110]}")
 
 
@@ -106,7 +89,7 @@ def measure_loop(attn, length, arguments, device):
     text = "".join(map(chr, np.random.default_rng(1).integers(97, 123, size=70 * length)))
     with tempfile.TemporaryDirectory() as folder, quiet():
         write_dataset(Path(folder) / "random", {"train": [text], "val": [text]}, "bytes", "random")
-        shape = {**train.PRESETS[preset], **train.SHAPES[preset, attn], "attn": attn, "block_size": length}
+        shape = {**train.PRESETS[preset], **train.shape_of(preset, attn), "attn": attn, "block_size": length}
         own = dict(preset=preset, dataset=f"{folder}/random", out_dir=folder, batch_size=B, micro_batch_size=B)
         own |= dict(device=arguments.device, compile=arguments.compile, attn_impl=arguments.attn_impl)
         run = RandomPretraining(train.Settings(**{**shape, **own}))

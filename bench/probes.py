@@ -14,7 +14,7 @@ import torch
 
 import train
 from data.dataset import sample_batch
-from model import DiffAttnV1, DiffAttnV2, at_least_float32, token_cross_entropy
+from model import DiffAttention, at_least_float32, token_cross_entropy
 
 CITIES = ("Athens", "Berlin", "Boston", "Cairo", "Delhi", "Lima", "London", "Oslo", "Paris", "Rome", "Tokyo", "Vienna")
 QUESTION = " The magic number of {} is"  # a needle goes on with " 1234567."
@@ -28,18 +28,16 @@ LATE = 64  # last positions of a window, where the RMS of what attention reads i
 
 def differential_maps(module, x, rope, rows):
     """The maps of an attention module that reads x (B, T, C), for the queries at `rows`, a slice or a tensor of
-    positions: first and second (B, H, R, S), and the second's factor, (B, H, R, 1) or (1, 1, 1, 1), all at least
-    float32. Where there is one map, the others are None."""
-    q, k, _, *lam = module.qkv(x, rope)
+    positions: first and second (B, H, R, S), and the second's factor (B, H, R, 1), all at least float32. Where there is
+    one map, the others are None."""
+    q, k, *_ = module.qkv(x, rope)
     q, positions = q[:, rows], torch.arange(x.size(1), device=x.device)[rows]
-    if isinstance(module, DiffAttnV1):  # key heads are in pairs as well
-        keys, factor = (k[:, :, 0::2], k[:, :, 1::2]), module.lam(x).view(1, 1, 1, 1)
-    elif isinstance(module, DiffAttnV2):
-        keys, factor = (k, k), at_least_float32(lam[0][:, rows]).sigmoid().transpose(1, 2).unsqueeze(-1)
-    else:
+    if not isinstance(module, DiffAttention):
         return causal_maps(q, k, positions), None, None
+    keys = (k[:, :, 0::2], k[:, :, 1::2]) if module.value_width == 2 else (k, k)  # V1's key heads are in pairs as well
     first, second = (causal_maps(q[:, :, m::2], keys[m], positions) for m in (0, 1))
-    return first, second, factor
+    lam = at_least_float32(module.lam(x)).expand(*x.shape[:2], first.size(1))  # (B, T, H)
+    return first, second, lam[:, rows].transpose(1, 2).unsqueeze(-1)
 
 
 def causal_maps(q, k, positions):

@@ -105,7 +105,7 @@ BARE = dict(kind=WithoutMethods, compile="off", weight_decay=0.01)
 
 
 def pretraining(attn, kind=Recorded, keep=False, texts=0, **settings):
-    shape = {**train.SHAPES["ldiff", attn], "preset": "ldiff", "attn": attn}
+    shape = {**train.shape_of("ldiff", attn), "preset": "ldiff", "attn": attn}
     return Planned(kind, train.Settings(**shape, **settings), keep=keep, texts=texts)
 
 
@@ -136,7 +136,7 @@ def shrunk(plan):
     few = dict(preset="tiny", dataset="tiny", batch_size=2, micro_batch_size=2, max_steps=4, eval_interval=2)
     few |= dict(warmup_steps=1)
     if isinstance(plan.settings, train.Settings):
-        few |= {**train.SHAPES["tiny", plan.settings.attn], "block_size": 256, "n_layer": 4, "n_embd": 192}
+        few |= {**train.shape_of("tiny", plan.settings.attn), "block_size": 256, "n_layer": 4, "n_embd": 192}
         few |= dict(eval_windows=2)
     else:
         few |= dict(eval_examples=4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bench
 import train
 from bench import figures, runs, table2
 from data import UserError
@@ -237,13 +238,13 @@ def test_every_ingredient_is_what_it_says(without, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(table2, "GPT", build)
+    monkeypatch.setattr(bench, "GPT", build)
     monkeypatch.setattr(table2, "plain_loss", counted("plain loss", table2.plain_loss))
-    monkeypatch.setattr(train, "wants_compile", lambda mode, device: True)
+    monkeypatch.setattr(train, "wants_compile", lambda mode, device: mode == "auto")
     monkeypatch.setattr(train, "compile_model", counted("compiled", lambda model: model))
     arguments = types.SimpleNamespace(length=16, tokens=32, smoke=True)
     ingredients = [name for name in table2.INGREDIENTS if name != without]
-    table2.training_step("v1", ingredients, arguments, torch.device("cpu"))()
+    table2.step_with("v1", ingredients, arguments, torch.device("cpu"))()
     assert seen["config"].vocab_size == (257 if without == "padding" else 320)
     assert seen["config"].attn_impl == ("naive" if without == "flash" else "auto")
     assert (seen["plain loss"], seen["compiled"]) == (without == "loss", without != "compile")

@@ -336,7 +336,7 @@ def test_resume_refuses_other_data(run, tmp_path):
 def test_resume_of_a_finished_run_says_so(run, capsys):
     run()
     run("--resume")
-    assert "has 8 steps already; a higher --max_steps would add to it" in capsys.readouterr().out
+    assert "has 8 steps already; a higher --max_steps adds to it" in capsys.readouterr().out
     out = run("--resume", "--max_steps", 10)
     assert len(log_of(out, "step")) == 10
 
