@@ -4,7 +4,13 @@
     decode_attention          one new token to all in the KV cache: generating
     cross_entropy_            the loss, and its gradient in place of the logits
 
-Letters as in model.py; N is the number of pairs of maps.
+Letters as in model.py, and
+
+    N        pairs of maps                    pairs    B * N
+    GROUP    pairs that read one value head   KEYS     key heads a group: 2 in V1, 1 in V2
+    BM, BN   queries and keys of a block      here, there    the place of a query's number for map 1, for map 2
+
+A block may reach beyond the end of a text: the descriptors read zeros there and write nothing.
 """
 
 import torch
@@ -28,6 +34,8 @@ QUERY_GRADIENT = dict(BM=64, BN=32, num_warps=4, num_stages=3)
 #     dP = dO V^T    dV = (P1 - lambda P2)^T dO    dS1 = P1 (dP - d1)    dS2 = lambda P2 (d2 - dP)    dlambda = -d2
 #
 # so that dP and dV, a product each, serve both maps. One kernel makes dK and dV, another dQ: sums in a fixed order.
+# What is kept of a softmax is the logarithm of its total, from which the weights come back. Logarithms and powers are
+# of 2, for which a GPU has an instruction. Blocks with the most to do come first, lest one be left at the end.
 
 
 @triton.jit
@@ -56,6 +64,7 @@ def _forward_blocks(
     state, q1, q2, k_desc, v_desc, b, g, first, stop, row,
     scale: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
+    """Take the keys from `first` to `stop` into the running softmax of both maps."""
     top1, total1, values1, top2, total2, values2 = state
     for start in tl.range(first, stop, BN):
         column = start + tl.arange(0, BN)
@@ -78,7 +87,7 @@ def _forward_kernel(
     pair, start = tl.program_id(0) // blocks, (blocks - 1 - tl.program_id(0) % blocks) * BM
     b, h = pair // N, pair % N
     row = start + tl.arange(0, BM)
-    scale: tl.constexpr = SCALE * LOG2E
+    scale: tl.constexpr = SCALE * LOG2E  # of scores in powers of 2
     q1 = q_desc.load([b, start, 2 * h * D]).reshape(BM, D)
     q2 = q_desc.load([b, start, (2 * h + 1) * D]).reshape(BM, D)
     low, zero = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
@@ -110,7 +119,8 @@ def _key_blocks(
     scale: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
-    """Everything is transposed, keys x queries."""
+    """Add what the queries from `first` to `stop` of a pair give to dK and dV. Everything is transposed, keys x
+    queries. The weights are halved in width early, for registers are scarce."""
     place = (b * N + h).to(tl.int64) * T
     for start in tl.range(first, stop, BM):
         row = start + tl.arange(0, BM)
@@ -147,7 +157,7 @@ def _key_gradient_kernel(
     group, start = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BN
     b, g = group // G, group % G
     column = start + tl.arange(0, BN)
-    scale: tl.constexpr = SCALE * LOG2E
+    scale: tl.constexpr = SCALE * LOG2E  # of scores in powers of 2
     k1, k2 = _key_pair(k_desc, b, start, g, KEYS, D, BN)
     v = v_desc.load([b, start, g * DV]).reshape(BN, DV)
     dk1, dv = tl.zeros([BN, D], tl.float32), tl.zeros([BN, DV], tl.float32)
@@ -173,6 +183,7 @@ def _query_blocks(
     dq1, dq2, q1, q2, grad, log1, log2, d1, d2, k_desc, v_desc, b, g, first, stop, row,
     scale: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
+    """Add what the keys from `first` to `stop` give to dQ of both maps."""
     for start in tl.range(first, stop, BN):
         column = start + tl.arange(0, BN)
         k1, k2 = _key_pair(k_desc, b, start, g, KEYS, D, BN)
@@ -197,7 +208,7 @@ def _query_gradient_kernel(
     pair, start = tl.program_id(0) // blocks, (blocks - 1 - tl.program_id(0) % blocks) * BM
     b, h = pair // N, pair % N
     row = start + tl.arange(0, BM)
-    scale: tl.constexpr = SCALE * LOG2E
+    scale: tl.constexpr = SCALE * LOG2E  # of scores in powers of 2
     q1 = q_desc.load([b, start, 2 * h * D]).reshape(BM, D)
     q2 = q_desc.load([b, start, (2 * h + 1) * D]).reshape(BM, D)
     grad = grad_desc.load([b, start, h * DV]).reshape(BM, DV)
@@ -217,6 +228,7 @@ def _query_gradient_kernel(
         dq1, dq2, q1, q2, grad, log1, log2, d1, d2, k_desc, v_desc, b, g, whole, start + BM, row,
         scale, KEYS, D, DV, BN, True,
     )  # fmt: skip
+    # lambda is one number a query, so it can wait until the sum over keys is done.
     dq2 *= tl.load(lam + here, mask=inside, other=0.0)[:, None]
     dq_desc.store([b, start, 2 * h * D], (dq1 * SCALE).to(dq_desc.dtype).reshape(1, BM, D))
     dq_desc.store([b, start, (2 * h + 1) * D], (dq2 * SCALE).to(dq_desc.dtype).reshape(1, BM, D))
@@ -290,7 +302,7 @@ def _keep_for_backward(ctx, inputs, output):
 def _differentiate(ctx, grad, *unused):
     q, k, v, lam, out, second, log_totals = ctx.saved_tensors
     d2 = (grad.float() * second).sum(-1).transpose(1, 2)  # (B, N, T)
-    d1 = (grad.float() * out).sum(-1).transpose(1, 2) + lam * d2
+    d1 = (grad.float() * out).sum(-1).transpose(1, 2) + lam * d2  # for O1 = out + lambda O2
     dots = torch.stack((d1, d2))
     return *_differential_attention_backward(grad.contiguous(), q, k, v, lam, log_totals, dots), -d2
 
@@ -331,7 +343,7 @@ def decode_attention(q, k, v, position):
         DV=Dv, VALUE_WIDTH=max(16, triton.next_power_of_2(Dv)), ROWS=max(16, triton.next_power_of_2(H // G)),
         BLOCK=64 if Dv <= 128 else 32,
     )  # fmt: skip
-    weights = torch.softmax(log_totals, dim=-1).unsqueeze(-1)
+    weights = torch.softmax(log_totals, dim=-1).unsqueeze(-1)  # each part's share of the whole total
     return (parts * weights).sum(2).type_as(q).unsqueeze(1)
 
 
@@ -345,7 +357,7 @@ def _decode_kernel(
     the QUERIES that read it, and the log of the sum that they are divided by.
 
     V1's value head has two key heads. They are read as one that is twice as wide, by queries with zeros in the half
-    that is not theirs, so that values are read once.
+    that is not theirs, so that values are read once. Those of map 1 come first, as DiffAttention.subtract orders them.
     """
     sequence, group, part = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G, tl.program_id(1)
     length, splits = tl.load(position) + 1, tl.num_programs(1)
