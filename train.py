@@ -137,7 +137,7 @@ def check_settings(settings, device):
 # Checkpoints: one dict of tensors and plain values
 
 NEWEST, PREVIOUS, DAMAGED = "ckpt.pt", "ckpt-previous.pt", "ckpt-damaged.pt"
-RUN_FILES = (NEWEST, PREVIOUS, DAMAGED, "best.pt", "adapter.pt", "log.csv")
+RUN_FILES = ("log.csv", "best.pt", "adapter.pt", "lambdas.csv", DAMAGED, PREVIOUS, NEWEST)  # which goes last
 FORMAT = 1  # of checkpoints: one more whenever what is in them changes
 
 
@@ -157,18 +157,28 @@ def locked(out_dir):
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(out_dir / "lock", os.O_CREAT | os.O_WRONLY)
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however that ends
-    except BlockingIOError as error:
-        raise UserError(f"another run is writing to {out_dir}; --out_dir names another folder") from error
     except OSError as error:
         raise UserError(f"cannot write to {out_dir}: {error.strerror}") from error
     try:
-        for path in out_dir.glob("*.tmp"):
-            path.unlink()
+        if take(lock, out_dir):
+            for path in out_dir.glob("*.tmp"):
+                path.unlink()
         yield
     finally:
         os.close(lock)
+
+
+def take(lock, out_dir):
+    """Whether there is a lock now; it ends with the process, however that ends. Windows and some network drives have
+    none. Raises UserError if another run has it."""
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return bool(fcntl)
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing to {out_dir}; --out_dir names another folder") from error
+    except OSError:
+        return False
 
 
 def save_checkpoint(path, previous=None, **contents):
@@ -200,8 +210,10 @@ def load_checkpoint(path):
         missing += [n for n, kind in (("step", int), ("stage", str)) if not isinstance(checkpoint.get(n), kind)]
     except FileNotFoundError as error:
         raise Damaged(f"there is no checkpoint {path}") from error
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # zip, pickle, key, attribute and runtime errors: torch.load has none of its own
         raise Damaged(f"{path} is damaged, or not a checkpoint ({type(error).__name__})") from error
     if missing:
@@ -221,11 +233,14 @@ def load_latest(out_dir):
     except Damaged as error:
         if not previous.exists():
             raise
-        checkpoint = load_checkpoint(previous)
-        print(f"{error}; going on from the one before it, of step {checkpoint['step']}")
-        if newest.exists():
-            newest.replace(out_dir / DAMAGED)
-        previous.rename(newest)  # the next checkpoint is not to replace the only whole one
+        with locked(out_dir):
+            with contextlib.suppress(Damaged):  # unless another run was just saving it
+                return load_checkpoint(newest)
+            checkpoint = load_checkpoint(previous)
+            print(f"{error}; going on from the one before it, of step {checkpoint['step']}")
+            if newest.exists():
+                newest.replace(out_dir / DAMAGED)
+            previous.rename(newest)  # the next checkpoint is not to replace the only whole one
         return checkpoint
 
 
@@ -366,7 +381,8 @@ class Log:
         if done and self.path.exists():
             with open(self.path, newline="", encoding="utf-8-sig", errors="replace") as file:
                 rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
-            rows = [row for row in rows if int(row["step"]) <= done]
+            whole = [row for row in rows if None not in row and None not in row.values()]  # not torn by a crash
+            rows = [row for row in whole if int(row["step"]) <= done]
         with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
@@ -399,13 +415,15 @@ class Log:
         self.rows, self.started = [], now
 
     def _check(self, row):
-        advice = "the last checkpoint is from before that; try a lower --learning_rate or a longer --warmup_steps"
+        advice = "try a lower --learning_rate or a longer --warmup_steps"
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
         if row["skipped"]:
             self.skipped += 1
-            print(f"step {row['step']} skipped: loss or gradient not finite ({self.skipped} so far)")
+            say(f"step {row['step']} skipped: loss or gradient not finite ({self.skipped} so far)")
         if self.skipped_in_a_row == MOST_SKIPPED:
-            raise Diverged(f"{MOST_SKIPPED} steps in a row up to {row['step']} gave no finite gradient; {advice}")
+            raise Diverged(
+                f"{MOST_SKIPPED} steps in a row up to {row['step']} gave no finite gradient and were skipped; {advice}"
+            )
         if not all(math.isfinite(value) for name, value in row.items() if name.startswith("val_")):
             raise Diverged(f"the validation after step {row['step']} is not finite; {advice}")
 
@@ -417,7 +435,15 @@ class Log:
             share = f"{speed * self.flops / self.peak:.1%} MFU" if self.peak else f"{si(speed * self.flops)} FLOP/s"
             parts.append(share)
         minutes, seconds = divmod(round((self.last_step - row["step"]) * seconds_per_step), 60)
-        print(" | ".join([*parts, f"{minutes}m{seconds:02}s left"]), flush=True)
+        say(" | ".join([*parts, f"{minutes}m{seconds:02}s left"]))
+
+
+def say(text):
+    """Print; if nobody reads any more, a closed terminal or pipe, the run goes on in silence."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def synchronize(device):
@@ -445,9 +471,10 @@ def stop_signals():
     received, previous = [], {}
 
     def receive(number, frame):
-        os.write(1, b"\nsaving after this step; once more quits at once\n")  # print() may not be interrupted by itself
         received.append(signal.Signals(number))
         signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # the reader of a pipe may have got the signal, too
+            os.write(1, b"\nsaving after this step; once more quits at once\n")  # print() cannot interrupt itself
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, receive)
@@ -481,12 +508,12 @@ def fit(run, log):
             if validating or saving or step % s.log_interval == 0 or step == steps[0]:
                 log.flush()  # before saving, so that log.csv holds every step that the checkpoint does
             if validating:
-                print(line, flush=True)
+                say(line)
             if saving:
                 with log.paused():
                     run.save(step)
             if stopping:
-                print(f"stopped after step {step}; --resume --out_dir {run.out_dir} goes on from the checkpoint")
+                say(f"stopped after step {step}; --resume --out_dir {run.out_dir} goes on from the checkpoint")
                 sys.exit(128 + stop[0])
 
 
@@ -608,9 +635,9 @@ def carry_out(run):
         log, started = Log(run), time.perf_counter()
         try:
             fit(run, log)
-            summarize(run, log, time.perf_counter() - started)
         except torch.OutOfMemoryError as error:
             raise UserError(f"the GPU's memory is full; {smaller(run.settings)}") from error
+        summarize(run, log, time.perf_counter() - started)
 
 
 def smaller(settings):

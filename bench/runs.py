@@ -149,10 +149,10 @@ def shrunk(plan):
 
 def make(plan, folder, log, device):
     """Carry out a run in `folder`, or the rest of it, and write `log`, what is kept of its log.csv."""
+    resume = any((folder / name).exists() for name in (train.NEWEST, train.PREVIOUS))
+    start = train.load_latest(folder) if resume else None
+    settings = replace(plan.settings, out_dir=str(folder), resume=resume, device=device)
     with train.locked(folder):
-        resume = any((folder / name).exists() for name in (train.NEWEST, train.PREVIOUS))
-        settings = replace(plan.settings, out_dir=str(folder), resume=resume, device=device)
-        start = train.load_latest(folder) if resume else None
         if not resume:
             train.make_room(folder)
             start = train.load_checkpoint(settings.init_from) if settings.init_from else None

@@ -47,13 +47,23 @@ def atomic_write(path, previous=None):
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows wants to be able to write to it
             os.fsync(file.fileno())  # a power cut must not leave the new name on missing data
         if previous and Path(path).exists():
-            os.replace(path, previous)
+            _keep_as(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _keep_as(path, previous):
+    """Let `previous` be what `path` is; where files can have two names, without a moment in which one is missing."""
+    second = Path(f"{previous}.{os.getpid()}.tmp")
+    try:
+        os.link(path, second)
+        os.replace(second, previous)
+    except OSError:
+        os.replace(path, previous)
 
 
 def write_dataset(directory, documents, tokenizer, source):

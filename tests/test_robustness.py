@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -155,6 +156,29 @@ def test_a_signal_is_followed_by_a_checkpoint_within_seconds(home, tmp_path, sta
     assert [int(row["step"]) for row in rows_of(tmp_path / "run")] == list(range(1, steps + 1))
 
 
+def test_a_signal_to_the_reader_too_is_no_reason_not_to_save(home, tmp_path):
+    """As Ctrl-C does with `python train.py | tee log`: nobody reads what is printed any more."""
+
+    reader, writer = os.pipe()
+
+    def work():
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.close(writer)
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # pytest has its own
+        carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 2000)
+
+    child = in_a_child(work)
+    os.close(writer)
+    while not (tmp_path / "run" / train.NEWEST).exists():
+        time.sleep(0.01)
+    os.close(reader)
+    os.kill(child, signal.SIGINT)
+    assert exit_code(child) == 130
+    steps = train.load_checkpoint(tmp_path / "run" / train.NEWEST)["step"]
+    assert [int(row["step"]) for row in rows_of(tmp_path / "run")] == list(range(1, steps + 1))
+
+
 def test_two_runs_cannot_share_a_folder(home, tmp_path):
     out = tmp_path / "run"
     with train.locked(out):
@@ -176,6 +200,14 @@ def test_a_run_goes_on_in_the_folder_that_it_was_moved_to(home, tmp_path, monkey
     run.sample = lambda: ""
     train.carry_out(run)
     assert not (tmp_path / "before").exists() and len(rows_of(tmp_path / "out" / "pretrain")) == 8
+
+
+def test_half_a_row_of_the_log_is_no_row(home, tmp_path):
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 8)
+    with open(out / "log.csv", "a") as file:
+        file.write("1")  # the beginning of 12, say
+    carry_out(home, "pretrain", out, "--resume", "--max_steps", 12)
+    assert [int(row["step"]) for row in rows_of(out)] == list(range(1, 13))
 
 
 # ------------------------------------------------------------------------------------- damaged files
@@ -203,6 +235,27 @@ def test_the_checkpoint_before_takes_the_place_of_a_damaged_one(home, tmp_path, 
     assert rows_of(out, *TIMES) == rows_of(whole, *TIMES)
     assert same(*(torch.load(folder / train.NEWEST, weights_only=True)["model"] for folder in (out, whole)))
     assert train.load_checkpoint(out / train.PREVIOUS)["step"] == 12  # still the whole one
+
+
+def test_the_files_of_a_running_run_are_left_alone(home, tmp_path):
+    """Even if one of its checkpoints is missing for a moment."""
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 12)
+    (out / train.NEWEST).unlink()
+    with train.locked(out), pytest.raises(UserError, match="another run is writing to"):
+        carry_out(home, "pretrain", out, "--resume")
+    assert (out / train.PREVIOUS).exists()
+
+
+def test_a_full_memory_is_no_damage(home, tmp_path, monkeypatch):
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 12)
+
+    def full(*arguments, **options):
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(torch, "load", full)
+        carry_out(home, "pretrain", out, "--resume")
+    assert train.load_checkpoint(out / train.NEWEST)["step"] == 12
 
 
 def test_two_damaged_checkpoints_are_an_error(home, tmp_path):
