@@ -334,8 +334,8 @@ def decode_attention(q, k, v, position):
     B, _, H, D = q.shape
     S, K, G, Dv = k.size(1), k.size(2), v.size(2), v.size(3)
     programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count  # one loads while another waits
-    splits = min(triton.cdiv(S, 64), max(1, programs // (B * G)))
-    parts = torch.empty(B, H, splits, Dv, device=q.device)
+    splits = min(triton.cdiv(S, 64), max(1, programs // (B * G)), 128)
+    parts = torch.empty(B, H, splits, Dv, device=q.device, dtype=q.dtype if splits == 1 else torch.float32)
     log_totals = torch.empty(B, H, splits, device=q.device)
     _decode_kernel[(B * G, splits)](
         q.contiguous(), k, v, parts, log_totals, position, D**-0.5, S, G,
@@ -343,8 +343,14 @@ def decode_attention(q, k, v, position):
         DV=Dv, VALUE_WIDTH=max(16, triton.next_power_of_2(Dv)), ROWS=max(16, triton.next_power_of_2(H // G)),
         BLOCK=64 if Dv <= 128 else 32,
     )  # fmt: skip
-    weights = torch.softmax(log_totals, dim=-1).unsqueeze(-1)  # each part's share of the whole total
-    return (parts * weights).sum(2).type_as(q).unsqueeze(1)
+    if splits == 1:
+        return parts.transpose(1, 2)
+    out = torch.empty(B, 1, H, Dv, device=q.device, dtype=q.dtype)
+    _combine_kernel[(B * H,)](
+        parts, log_totals, out, splits, PARTS=triton.next_power_of_2(splits),
+        DV=Dv, WIDTH=triton.next_power_of_2(Dv), num_warps=8,
+    )  # fmt: skip
+    return out
 
 
 @triton.jit
@@ -393,6 +399,19 @@ def _decode_kernel(
     mean = values / tl.where(total > 0, total, 1.0)[:, None]
     out_mask = (row < QUERIES)[:, None] & (column < DV)[None, :]
     tl.store(parts + out[:, None] * DV + column[None, :], mean, mask=out_mask)
+
+
+@triton.jit
+def _combine_kernel(parts, log_totals, out, splits, PARTS: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr):
+    """One program for a query head of a sequence: the mean of what it got from each part of the context, weighted by
+    the part's total."""
+    head, part, column = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, WIDTH)
+    log_total = tl.load(log_totals + head * splits + part, mask=part < splits, other=-float("inf"))
+    weight = tl.exp(log_total - tl.max(log_total, 0))
+    mask = (part < splits)[:, None] & (column < DV)[None, :]
+    values = tl.load(parts + (head * splits + part)[:, None] * DV + column[None, :], mask=mask, other=0.0)
+    mean = tl.sum(values * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + head * DV + column, mean, mask=column < DV)
 
 
 # ---------------------------------------------------------------------------------------------------

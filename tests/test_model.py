@@ -566,7 +566,7 @@ def test_gpu_loss_and_gradients_of_bf16_products():
 
 @needs_gpu
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("B, S, position", [(1, 1000, 999), (3, 1000, 130), (70, 90, 0)])
+@pytest.mark.parametrize("B, S, position", [(1, 1000, 999), (1, 30000, 29876), (3, 1000, 130), (70, 90, 0)])
 @pytest.mark.parametrize(
     "H, K, G, D, Dv",
     [
@@ -575,6 +575,7 @@ def test_gpu_loss_and_gradients_of_bf16_products():
         (12, 12, 6, 64, 128),
         (12, 4, 2, 24, 48),
         (6, 6, 3, 128, 256),
+        (8, 1, 1, 64, 64),
         (4, 4, 4, 8, 8),
     ],
 )
