@@ -106,6 +106,10 @@ def choose_preset(given, preset, why):
     return preset
 
 
+# What --resume cannot change: the model, and what its best validation loss was measured with.
+FIXED = {"attn", "lora_rank", "lora_alpha", "block_size", "eval_windows", "eval_examples", "beta", "label_smoothing"}
+
+
 def resumed_settings(given, settings_class, stage):
     """For --resume: the settings of the run in out_dir, under those given now, and its checkpoint."""
     if clash := {"preset", "init_from"} & given.keys():
@@ -117,6 +121,9 @@ def resumed_settings(given, settings_class, stage):
     saved = {f.name: start["settings"][f.name] for f in fields(settings_class) if f.name in start["settings"]}
     if wrong := [f.name for f in fields(settings_class) if not isinstance(saved.get(f.name, f.default), f.type)]:
         raise UserError(f"{out_dir / NEWEST} is no checkpoint to resume from: its {wrong[0]} is of another type")
+    for name in FIXED & given.keys():
+        if given[name] != (begun := saved.get(name, getattr(settings_class, name))):
+            raise UserError(f"the run was begun with --{name} {begun}, which --resume cannot change")
     # The data were prepared when the run began, and its folder may have been moved since.
     return settings_class(**{**saved, "source": "", "out_dir": str(out_dir), **given}), start
 
@@ -153,7 +160,9 @@ def make_room(out_dir):
 
 @contextlib.contextmanager
 def locked(out_dir):
-    """Make the folder of a run and keep other runs out of it; what a killed one left half written is removed."""
+    """Make the folder of a run and keep other runs out of it, from before its checkpoint is read, which would else be
+    an old one by the time that it is gone on from; what a killed run left half written is removed."""
+    out_dir = Path(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(out_dir / "lock", os.O_CREAT | os.O_WRONLY)
@@ -224,7 +233,8 @@ def load_checkpoint(path):
 
 
 def load_latest(out_dir):
-    """The newest whole checkpoint of the run in out_dir: the one before the last if that is damaged, which is said."""
+    """The newest whole checkpoint of the run in out_dir, which is locked: the one before the last if that is damaged,
+    which is said."""
     newest, previous = out_dir / NEWEST, out_dir / PREVIOUS
     if not newest.exists() and not previous.exists():
         raise UserError(f"there is no checkpoint {newest} to resume from; --out_dir names the run's folder")
@@ -233,15 +243,21 @@ def load_latest(out_dir):
     except Damaged as error:
         if not previous.exists():
             raise
-        with locked(out_dir):
-            with contextlib.suppress(Damaged):  # unless another run was just saving it
-                return load_checkpoint(newest)
-            checkpoint = load_checkpoint(previous)
-            print(f"{error}; going on from the one before it, of step {checkpoint['step']}")
-            if newest.exists():
-                newest.replace(out_dir / DAMAGED)
-            previous.rename(newest)  # the next checkpoint is not to replace the only whole one
+        checkpoint = load_checkpoint(previous)
+        print(f"{error}; going on from the one before it, of step {checkpoint['step']}")
+        if newest.exists():
+            newest.replace(out_dir / DAMAGED)
+        previous.rename(newest)  # the next checkpoint is not to replace the only whole one
         return checkpoint
+
+
+def best_val_loss(out_dir):
+    """That of the best.pt in a run's folder, which may come from steps after the last checkpoint; infinite if there is
+    none, or it is damaged."""
+    try:
+        return float(load_checkpoint(out_dir / "best.pt")["best_val_loss"])
+    except (Damaged, KeyError, TypeError, ValueError):
+        return math.inf
 
 
 def saved_config(checkpoint, attn_impl):
@@ -387,6 +403,8 @@ class Log:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+        for row in rows:
+            self._count(row.get("skipped") == "1")
         self.started = time.perf_counter()
 
     @contextlib.contextmanager
@@ -414,13 +432,16 @@ class Log:
         self.speeds += [speed] * len(rows)
         self.rows, self.started = [], now
 
+    def _count(self, skipped):
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
     def _check(self, row):
         advice = "try a lower --learning_rate or a longer --warmup_steps"
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
+        self._count(row["skipped"])
         if row["skipped"]:
-            self.skipped += 1
             say(f"step {row['step']} skipped: loss or gradient not finite ({self.skipped} so far)")
-        if self.skipped_in_a_row == MOST_SKIPPED:
+        if self.skipped_in_a_row >= MOST_SKIPPED:
             raise Diverged(
                 f"{MOST_SKIPPED} steps in a row up to {row['step']} gave no finite gradient and were skipped; {advice}"
             )
@@ -588,7 +609,7 @@ class Run:
         if checkpoint["data"] != self.meta:
             raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
         try:
-            self.done, self.best_val_loss = checkpoint["step"], float(checkpoint["best_val_loss"])
+            self.done, self.best_val_loss = checkpoint["step"], best_val_loss(self.out_dir)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             set_rng_state(checkpoint["rng"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -624,20 +645,29 @@ class Run:
 
 
 def carry_out(run):
-    """The whole run, from a description to a sample of text."""
+    """The whole run, from a description to a sample of text, in its folder, which is locked."""
     describe(run)
     if run.done >= run.settings.max_steps:
         print(f"the run in {run.out_dir} has {run.done} steps already; a higher --max_steps adds to it")
         return
-    with locked(run.out_dir):
-        if not run.settings.resume:
-            make_room(run.out_dir)
-        log, started = Log(run), time.perf_counter()
-        try:
-            fit(run, log)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"the GPU's memory is full; {smaller(run.settings)}") from error
-        summarize(run, log, time.perf_counter() - started)
+    if not run.settings.resume:
+        make_room(run.out_dir)
+    log, started = Log(run), time.perf_counter()
+    try:
+        fit(run, log)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"the GPU's memory is full; {smaller(run.settings)}") from error
+    summarize(run, log, time.perf_counter() - started)
+
+
+def is_out_of_memory(error):
+    """Whether an error is, or came of, a full GPU: one that is full while a CUDA graph is recorded says that this
+    failed."""
+    while error and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def smaller(settings):
@@ -840,7 +870,9 @@ class Pretraining(Run):
 
 def main():
     tiny = {**PRESETS["tiny"], **SHAPES["tiny", Settings.attn]}
-    carry_out(Pretraining(*choose_settings(parse_flags(Settings, __doc__, tiny))))
+    given = parse_flags(Settings, __doc__, tiny)
+    with locked(given.get("out_dir", Settings.out_dir)):
+        carry_out(Pretraining(*choose_settings(given)))
 
 
 if __name__ == "__main__":

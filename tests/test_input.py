@@ -203,6 +203,9 @@ RUNS = [
     ("resume of another stage", None, "dpo --resume --out_dir out/sft", "a checkpoint of the stage sft, not dpo"),
     ("resume of the stage before", None, "train --resume --out_dir out/sft", "of the stage sft, not pretrain"),
     ("resume with another rank", None, "sft --resume --lora_rank 8", "begun with --lora_rank 4, which --resume cannot"),
+    ("resume with another context", None, "train --resume --block_size 64", "begun with --block_size 96, which --resume"),
+    ("resume with other validation", None, "train --resume --eval_windows 2", "begun with --eval_windows 1, which --re"),
+    ("resume with other examples", None, "sft --resume --eval_examples 1", "begun with --eval_examples 2, which --resu"),
     ("resume with another shape", None, "train --resume --n_embd 32", "has n_embd 16, but the settings say 32"),
     ("resume with other data", meta(crc32={}), "train --resume --max_steps 9",
      "the data set is not the one that the run"),
@@ -210,7 +213,7 @@ RUNS = [
      "out/pretrain/ckpt.pt is no checkpoint to resume from"),
     ("resume without random numbers", checkpoint("out/pretrain/ckpt.pt", rng={"cpu": torch.zeros(3), "cuda": []}),
      "train --resume --max_steps 9", "out/pretrain/ckpt.pt is no checkpoint to resume from"),
-    ("resume with a loss in words", checkpoint("out/sft/ckpt.pt", best_val_loss="low"),
+    ("resume with moments in words", checkpoint("out/sft/ckpt.pt", optimizer="fast"),
      "sft --resume --max_steps 9", "out/sft/ckpt.pt is no checkpoint to resume from"),
     ("too much for torchrun", lambda: os.environ.update(WORLD_SIZE="2"), "train", "run it without torchrun"),
 ]  # fmt: skip

@@ -63,9 +63,10 @@ def new_run(home, stage, out_dir, *flags):
 
 
 def carry_out(home, stage, out_dir, *flags):
-    run = new_run(home, stage, out_dir, *flags)
-    run.sample = lambda: ""  # which takes longer than these runs
-    train.carry_out(run)
+    with train.locked(out_dir):
+        run = new_run(home, stage, out_dir, *flags)
+        run.sample = lambda: ""  # which takes longer than these runs
+        train.carry_out(run)
     return out_dir
 
 
@@ -126,7 +127,7 @@ def test_a_run_that_is_killed_25_times_equals_one_that_is_not(home, tmp_path, st
     carry_out(home, stage, out, "--resume", "--max_steps", WHOLE)
     assert rows_of(out, *TIMES) == rows_of(whole, *TIMES)
     assert [int(row["step"]) for row in rows_of(out)] == list(range(1, WHOLE + 1))
-    for name in (train.NEWEST, train.PREVIOUS, "best.pt"):
+    for name in (train.NEWEST, train.PREVIOUS, "best.pt", *["adapter.pt"] * (stage != "pretrain")):
         assert same(*(torch.load(folder / name, weights_only=True) for folder in (out, whole))), name
     assert not list(out.glob("*.tmp"))
 
@@ -187,6 +188,22 @@ def test_two_runs_cannot_share_a_folder(home, tmp_path):
                 carry_out(home, "pretrain", out, *flags)
         assert not (out / "log.csv").exists()
     carry_out(home, "pretrain", out, "--max_steps", 4)
+
+
+@pytest.mark.parametrize("module", [train, sft, dpo])
+def test_a_checkpoint_is_read_once_no_other_run_can_save_a_later_one(tmp_path, module, monkeypatch):
+    class Read(Exception):
+        pass
+
+    def read(out_dir):
+        with pytest.raises(UserError, match="another run is writing to"), train.locked(out_dir):
+            pass
+        raise Read
+
+    monkeypatch.setattr(train, "load_latest", read)
+    monkeypatch.setattr("sys.argv", ["script.py", "--resume", "--out_dir", str(tmp_path)])
+    with pytest.raises(Read):
+        module.main()
 
 
 def test_a_run_goes_on_in_the_folder_that_it_was_moved_to(home, tmp_path, monkeypatch):
@@ -258,6 +275,26 @@ def test_a_full_memory_is_no_damage(home, tmp_path, monkeypatch):
     assert train.load_checkpoint(out / train.NEWEST)["step"] == 12
 
 
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_a_best_model_that_is_damaged_or_missing_is_replaced(home, tmp_path, damage):
+    """By the best of what follows, however bad that is."""
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 4)
+    damage(out / "best.pt")
+    carry_out(home, "pretrain", out, "--resume", "--max_steps", 8, "--learning_rate", 10)
+    best = train.load_checkpoint(out / "best.pt")
+    assert best["step"] == 8 and best["best_val_loss"] == float(rows_of(out)[-1]["val_loss"])
+
+
+def test_a_best_model_from_after_the_checkpoint_is_not_replaced_by_a_worse_one(home, tmp_path):
+    """Which the repeated steps may give, if a flag is another now."""
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 20, "--save_interval", 16)
+    (out / train.NEWEST).unlink()  # as if killed after validation at step 20
+    best = (out / "best.pt").read_bytes()
+    carry_out(home, "pretrain", out, "--resume", "--learning_rate", 1e-5)
+    losses = [float(rows_of(out)[-1]["val_loss"]), train.load_checkpoint(out / "best.pt")["best_val_loss"]]
+    assert losses[0] > losses[1] and (out / "best.pt").read_bytes() == best
+
+
 def test_two_damaged_checkpoints_are_an_error(home, tmp_path):
     out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 12)
     flip(out / train.NEWEST)
@@ -307,10 +344,9 @@ def test_a_folder_that_may_not_be_written_to(home, tmp_path):
     messages = []
 
     def work():
-        run = new_run(home, "pretrain", tmp_path / "closed" / "run", "--max_steps", 2)
         os.setuid(65534)
         try:
-            train.carry_out(run)
+            carry_out(home, "pretrain", tmp_path / "closed" / "run", "--max_steps", 2)
         except UserError as error:
             messages.append(str(error))
         os._exit(7 if messages and messages[0].startswith("cannot write to") else 8)
@@ -347,7 +383,8 @@ def test_a_step_without_finite_numbers_changes_nothing(home, tmp_path, stage, va
     assert all(state["step"] == 5 and state["exp_avg"].isfinite().all() for state in moments)
 
 
-def test_too_many_such_steps_end_the_run(home, tmp_path, monkeypatch):
+def test_too_many_such_steps_end_the_run(home, tmp_path, monkeypatch, capsys):
+    """Resumed, it ends at the same step: those before are counted."""
     loss_of, steps = train.Pretraining.loss_of, []
 
     def bad_from_step_10_on(run, *batch):
@@ -361,6 +398,10 @@ def test_too_many_such_steps_end_the_run(home, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     newest = train.load_checkpoint(out / train.NEWEST)
     assert newest["step"] == 16 and all(tensor.isfinite().all() for tensor in newest["model"].values())
+    capsys.readouterr()
+    with pytest.raises(train.Diverged, match="10 steps in a row up to 19"):
+        carry_out(home, "pretrain", out, "--resume")
+    assert "step 17 skipped: loss or gradient not finite (8 so far)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -369,13 +410,27 @@ def test_too_many_such_steps_end_the_run(home, tmp_path, monkeypatch):
      (["--batch_size", 12, "--micro_batch_size", 4], "try --micro_batch_size 3"),
      (["--batch_size", 3, "--micro_batch_size", 1], "not even one sequence fits")],
 )  # fmt: skip
-def test_a_full_gpu_is_one_line_with_what_fits(home, tmp_path, flags, advice, monkeypatch):
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_full_gpu_is_one_line_with_what_fits(home, tmp_path, flags, advice, recording, monkeypatch):
     def full(run, *batch):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        finally:
+            if recording:  # the end of which is an error of its own
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
     monkeypatch.setattr(train.Pretraining, "loss_of", full)
     with pytest.raises(UserError, match=f"the GPU's memory is full; {advice}"):
         carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 2, *flags)
+
+
+def test_other_errors_are_not_taken_for_a_full_gpu(home, tmp_path, monkeypatch):
+    def broken(run, *batch):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(train.Pretraining, "loss_of", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 2)
 
 
 # ------------------------------------------------------------------------------------- long runs
@@ -400,7 +455,8 @@ def test_memory_and_speed_hold_over_20000_steps(home, tmp_path, capsys):
     run = new_run(home, "pretrain", tmp_path / "run", *flags, "--n_embd", 8, "--block_size", 8, "--batch_size", 1)
     run = Watched(run.settings)
     run.sample = lambda: ""
-    train.carry_out(run)
+    with train.locked(tmp_path / "run"):
+        train.carry_out(run)
     seconds = [after - before for (before, _), (after, _) in zip(marks, marks[1:])]
     growth = marks[-1][1] - marks[0][1]
     shutil.rmtree(tmp_path / "run")
