@@ -91,11 +91,19 @@ def parse_flags(settings_class, description, tiny, argv=None):
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {default})", **kind)
     given = vars(parser.parse_args(argv))
     for f in fields(settings_class):
-        value, least, most = given.get(f.name), f.metadata["least"], f.metadata["most"]
-        if f.type in (int, float) and value is not None and not least <= value <= most:  # NaN fails it too
+        if f.name in given and not is_allowed(f, given[f.name]):
+            least, most = f.metadata["least"], f.metadata["most"]
             limit = f"the least is {least}" + (f", the most {most}" if most < 2**63 - 1 else "")
-            parser.error(f"--{f.name} {value} is out of range; {limit}")
+            parser.error(f"--{f.name} {given[f.name]} is out of range; {limit}")
     return given
+
+
+def is_allowed(f, value):
+    """Whether a value has the type of a settings field and is one of its choices, or in its range."""
+    least, most, choices = f.metadata["least"], f.metadata["most"], f.metadata["choices"]
+    if type(value) is not f.type or (choices and value not in choices):
+        return False
+    return f.type not in (int, float) or least <= value <= most  # NaN fails it too
 
 
 def choose_preset(given, preset, why):
@@ -119,8 +127,8 @@ def resumed_settings(given, settings_class, stage):
     if start["stage"] != stage:
         raise UserError(f"{out_dir / NEWEST} is a checkpoint of the stage {start['stage']}, not {stage}")
     saved = {f.name: start["settings"][f.name] for f in fields(settings_class) if f.name in start["settings"]}
-    if wrong := [f.name for f in fields(settings_class) if not isinstance(saved.get(f.name, f.default), f.type)]:
-        raise UserError(f"{out_dir / NEWEST} is no checkpoint to resume from: its {wrong[0]} is of another type")
+    if wrong := [f.name for f in fields(settings_class) if f.name in saved and not is_allowed(f, saved[f.name])]:
+        raise UserError(f"{out_dir / NEWEST} is no checkpoint to resume from: its {wrong[0]} cannot be used")
     for name in FIXED & given.keys():
         if given[name] != (begun := saved.get(name, getattr(settings_class, name))):
             raise UserError(f"the run was begun with --{name} {begun}, which --resume cannot change")
@@ -165,7 +173,7 @@ def locked(out_dir):
     out_dir = Path(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out_dir / "lock", os.O_CREAT | os.O_WRONLY)
+        lock = os.open(out_dir / "lock", os.O_CREAT | os.O_WRONLY, 0o666)
     except OSError as error:
         raise UserError(f"cannot write to {out_dir}: {error.strerror}") from error
     try:
@@ -355,6 +363,17 @@ def make_optimizer(model, weight_decay):
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
+def load_moments(optimizer, saved):
+    """Give an optimizer what a checkpoint has of its state, but no rates: those are in the settings, and may be others
+    now. Raises some error if it does not fit, which the fused kernel would not notice and write beyond it."""
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state[parameter]
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if state["step"].numel() != 1 or any(m.shape != parameter.shape or not m.is_contiguous() for m in moments):
+            raise ValueError
+
+
 def lr_at(step, settings, floor=0.1):
     """The learning rate of steps 1 to max_steps: up linearly to the peak, then a cosine down to floor * peak."""
     peak, warmup, last = settings.learning_rate, settings.warmup_steps, settings.max_steps
@@ -393,12 +412,12 @@ class Log:
 
     def open(self, done):
         """Begin log.csv, or keep its rows up to step `done`: an interrupted run repeats those after its checkpoint."""
-        rows = []
+        rows, kept = [], set(map(str, range(1, done + 1)))
         if done and self.path.exists():
-            with open(self.path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
-            whole = [row for row in rows if None not in row and None not in row.values()]  # not torn by a crash
-            rows = [row for row in whole if int(row["step"]) <= done]
+            with open(self.path, encoding="utf-8-sig", errors="replace") as file:  # csv would stumble over damage
+                names, *lines = [line.rstrip("\n").split(",") for line in file] or [[]]
+            rows = [dict(zip(names, values)) for values in lines if len(values) == len(names)]  # not torn by a crash
+            rows = [row for row in rows if row.get("step") in kept]
         with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
@@ -610,8 +629,10 @@ class Run:
             raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
         try:
             self.done, self.best_val_loss = checkpoint["step"], best_val_loss(self.out_dir)
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            load_moments(self.optimizer, checkpoint["optimizer"])
             set_rng_state(checkpoint["rng"])
+            if self.done < 1:
+                raise ValueError
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.out_dir / NEWEST} is no checkpoint to resume from") from error
 
@@ -817,7 +838,6 @@ class Pretraining(Run):
         self.optimizer = self.make_optimizer()
         if settings.resume:
             self.restore(start)
-            self.optimizer.param_groups[0]["weight_decay"] = settings.weight_decay  # which may be another one now
 
     def config(self):
         return build_config(self.settings, self.encoding.n_vocab)

@@ -243,12 +243,12 @@ def _parse(line):
 
 
 def open_rows(hub_name, revision, source):
-    """The rows of a data set on the hub, or the lines of the JSONL file `source`; how many there are; and whence."""
+    """The rows of a data set on the hub, or the lines of the JSONL file `source`; how many, if that is known; and whence."""
     if not source:
         rows = load_from_hub(hub_name, split="train", revision=revision)
         return rows, len(rows), f"{hub_name} {revision}"
     try:
-        total = sum(1 for _ in _lines(source))
+        total = None if Path(source).is_fifo() else sum(1 for _ in _lines(source))  # a pipe can be read only once
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}") from error
     return _lines(source), total, str(Path(source).resolve())

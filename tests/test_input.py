@@ -107,6 +107,18 @@ def copy(source, target):
     return setup
 
 
+def moment(change):
+    """A function that changes the first matrix's momentum in a checkpoint to resume from."""
+
+    def setup():
+        content = torch.load("out/pretrain/ckpt.pt", weights_only=True)
+        state = content["optimizer"]["state"][0]
+        state["exp_avg"] = change(state["exp_avg"])
+        torch.save(content, "out/pretrain/ckpt.pt")
+
+    return setup
+
+
 class Harm:
     """Whoever unpickles it makes a folder."""
 
@@ -215,6 +227,22 @@ RUNS = [
      "train --resume --max_steps 9", "out/pretrain/ckpt.pt is no checkpoint to resume from"),
     ("resume with moments in words", checkpoint("out/sft/ckpt.pt", optimizer="fast"),
      "sft --resume --max_steps 9", "out/sft/ckpt.pt is no checkpoint to resume from"),
+    ("resume with moments of another shape", moment(lambda m: m[:2]), "train --resume --max_steps 9",
+     "out/pretrain/ckpt.pt is no checkpoint to resume from"),
+    ("resume with moments of one number", moment(lambda m: m.new_zeros(1).expand(m.shape)),
+     "train --resume --max_steps 9", "out/pretrain/ckpt.pt is no checkpoint to resume from"),
+    ("resume without moments", checkpoint("out/pretrain/ckpt.pt", "optimizer", state={}),
+     "train --resume --max_steps 9", "out/pretrain/ckpt.pt is no checkpoint to resume from"),
+    ("resume before the first step", checkpoint("out/pretrain/ckpt.pt", step=-3), "train --resume --max_steps 9",
+     "out/pretrain/ckpt.pt is no checkpoint to resume from"),
+    ("resume with a batch below nothing", checkpoint("out/sft/ckpt.pt", "settings", batch_size=-4),
+     "sft --resume --max_steps 9", "out/sft/ckpt.pt is no checkpoint to resume from: its batch_size cannot be used"),
+    ("resume with a batch of yes", checkpoint("out/sft/ckpt.pt", "settings", batch_size=True),
+     "sft --resume --max_steps 9", "out/sft/ckpt.pt is no checkpoint to resume from: its batch_size cannot be used"),
+    ("resume with no rate", checkpoint("out/pretrain/ckpt.pt", "settings", learning_rate=float("nan")),
+     "train --resume --max_steps 9", "is no checkpoint to resume from: its learning_rate cannot be used"),
+    ("resume with an unknown preset", checkpoint("out/pretrain/ckpt.pt", "settings", preset="huge"),
+     "train --resume --max_steps 9", "is no checkpoint to resume from: its preset cannot be used"),
     ("too much for torchrun", lambda: os.environ.update(WORLD_SIZE="2"), "train", "run it without torchrun"),
 ]  # fmt: skip
 
