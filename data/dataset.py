@@ -243,7 +243,7 @@ def _parse(line):
 
 
 def open_rows(hub_name, revision, source):
-    """The rows of a data set on the hub, or the lines of the JSONL file `source`; how many, if that is known; and whence."""
+    """The rows of a data set on the hub, or the lines of the JSONL file `source`; how many, if known; and whence."""
     if not source:
         rows = load_from_hub(hub_name, split="train", revision=revision)
         return rows, len(rows), f"{hub_name} {revision}"
