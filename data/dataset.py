@@ -52,6 +52,9 @@ def atomic_write(path, previous=None):
         if previous and Path(path).exists():
             _keep_as(path, previous)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which a full disk does not name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -94,7 +97,7 @@ def _write_tokens(path, texts, encoding):
     with open(path, "wb") as file:
         for text in texts:
             ids = np.array([*encoding.encode_ordinary(text), end], dtype=_token_type(encoding.n_vocab))
-            ids.tofile(file)
+            file.write(ids)
             count, checksum = count + len(ids), zlib.crc32(ids, checksum)
     return count, checksum
 

@@ -1,5 +1,6 @@
 """What may go wrong with a run: it is killed, its disk is full, its files are damaged, its numbers explode."""
 
+import contextlib
 import csv
 import os
 import random
@@ -18,7 +19,7 @@ import torch
 import dpo
 import sft
 import train
-from data import UserError, run_script
+from data import UserError, explain, run_script
 from data.dataset import write_dataset, write_examples
 from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
 from data.slimorca.prepare import tokenize as tokenize_conversation
@@ -321,21 +322,33 @@ def test_a_flipped_bit_is_found_wherever_it_is(home, tmp_path, share):
 # ------------------------------------------------------------------------------------- no room
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(home, tmp_path, capsys):
-    """No file may grow beyond a limit, which a checkpoint does and nothing else."""
-    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 8)
-    before = (out / train.NEWEST).read_bytes()
+@contextlib.contextmanager
+def room_for(size):
+    """No file may grow beyond so many bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot save .*ckpt.pt \(File too large\)"):
-            carry_out(home, "pretrain", out, "--resume", "--max_steps", 16)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(home, tmp_path):
+    """With a limit that a checkpoint goes beyond and nothing else."""
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 8)
+    before = (out / train.NEWEST).read_bytes()
+    with room_for(len(before) // 2), pytest.raises(UserError, match=r"cannot save .*ckpt.pt \(File too large\)"):
+        carry_out(home, "pretrain", out, "--resume", "--max_steps", 16)
     assert (out / train.NEWEST).read_bytes() == before and not list(out.glob("*.tmp"))
     carry_out(home, "pretrain", out, "--resume", "--max_steps", 16)
+
+
+def test_a_disk_that_data_fill_is_named(tmp_path):
+    with room_for(1000), pytest.raises(OSError) as caught:
+        write_dataset(tmp_path, {"train": ["text " * 1000], "val": ["text"]}, "bytes", "a test")
+    assert explain(caught.value) == f"{tmp_path / 'train.bin'}: File too large" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become somebody else")
