@@ -15,8 +15,10 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
+import threading
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -212,14 +214,24 @@ class _ExampleWriter:
 def _tokenize_all(rows, *arguments):
     """Yield what _tokenize_chunk says of every row, in order. Only so many rows are under way at once."""
     rows, under_way = iter(rows), deque()
-    ignore_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # this process answers it
-    with ProcessPoolExecutor(**ignore_ctrl_c) as pool:
+    with ProcessPoolExecutor(initializer=_follow_parent) as pool:
         while chunk := list(itertools.islice(rows, 64)):
             under_way.append(pool.submit(_tokenize_chunk, chunk, *arguments))
             if len(under_way) > 4 * os.cpu_count():
                 yield from under_way.popleft().result()
         while under_way:
             yield from under_way.popleft().result()
+
+
+def _follow_parent():
+    """Leave Ctrl-C to the process that has started this one, and end when it does, even if it is killed."""
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _tokenize_chunk(rows, tokenize, tokenizer, block_size):

@@ -2,10 +2,12 @@
 
 import contextlib
 import csv
+import itertools
 import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import sys
@@ -226,6 +228,20 @@ def test_half_a_row_of_the_log_is_no_row(home, tmp_path):
         file.write("1")  # the beginning of 12, say
     carry_out(home, "pretrain", out, "--resume", "--max_steps", 12)
     assert [int(row["step"]) for row in rows_of(out)] == list(range(1, 13))
+
+
+def test_a_preparation_that_is_killed_leaves_no_process_behind(tmp_path):
+    """Each of them has a pipe open, which ends when the last one does."""
+    reader, writer = os.pipe()
+    rows = itertools.repeat({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
+    child = in_a_child(lambda: write_examples(tmp_path, rows, tokenize_conversation, "bytes", 32, "a test"))
+    os.close(writer)
+    while not sum(path.stat().st_size for path in tmp_path.glob("train.bin.*")):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert exit_code(child) == -signal.SIGKILL
+    assert select.select([reader], [], [], 20)[0] and os.read(reader, 1) == b""
+    os.close(reader)
 
 
 # ------------------------------------------------------------------------------------- damaged files
