@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import sft
 from data import run_script
 from lora import disable_lora
-from train import carry_out, flag, parse_flags
+from train import carry_out, flag, locked, parse_flags
 
 
 def dpo_loss(
@@ -98,7 +98,8 @@ class DPO(sft.FineTuning):
 
 def main():
     given = parse_flags(Settings, __doc__, PRESETS["tiny"])
-    carry_out(DPO(*sft.choose_settings(given, Settings, PRESETS, DPO.stage)))
+    with locked(given.get("out_dir", Settings.out_dir)):
+        carry_out(DPO(*sft.choose_settings(given, Settings, PRESETS, DPO.stage)))
 
 
 if __name__ == "__main__":
