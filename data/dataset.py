@@ -3,7 +3,8 @@
 A prepared data set is a folder with files of token ids, train.bin and val.bin, and meta.json, which is written last and
 so marks the folder as complete. There are two kinds:
 
-- text, for pretraining: the ids in one stream, in which <|endoftext|> ends every document;
+- text, for pretraining: the ids in one stream, in which <|endoftext|> ends every document. A large corpus has shards,
+  train-00000.bin, train-00001.bin, ..., instead of train.bin, which are read as one;
 - examples, in a folder sft or dpo inside: one row of ids after another. train.mask.bin has a 1 for every id that is to
   be learned, train.offsets.bin says where each row begins. An SFT example is a row; a DPO example is two neighbouring
   ones, the chosen and the rejected answer to the same prompt.
@@ -36,7 +37,9 @@ from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
 READERS = {"": ("wikitext2", "text file"), "sft": ("slimorca", "JSONL file"), "dpo": ("orca_dpo_pairs", "JSONL file")}
 HELD_OUT = 0.1  # share of the text that becomes val.bin where no validation text is given
 PROGRESS = dict(disable=None, leave=False)  # a progress bar for a terminal alone, which what is printed next replaces
-VAL_EVERY = 20  # of examples, and of tiny's documents, every 20th is held out
+VAL_EVERY = 20  # of examples, of tiny's documents and of those in a first shard, every 20th is held out
+CHUNK = 64  # rows that a process tokenizes at a time
+SHARD_TOKENS = 100_000_000
 
 # ---------------------------------------------------------------------------------------------------
 # Writing
@@ -76,7 +79,7 @@ def write_dataset(directory, documents, tokenizer, source):
     directory = Path(directory)
     encoding = get_tokenizer(tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "meta.json").unlink(missing_ok=True)
+    _forget(directory)
     meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "tokens": {}, "crc32": {}, "source": source}
     for split, texts in documents.items():
         with atomic_write(directory / f"{split}.bin") as path:
@@ -87,8 +90,14 @@ def write_dataset(directory, documents, tokenizer, source):
     print(f"{directory}: {counts} ({tokenizer} tokenizer)")
 
 
-def _write_meta(directory, meta):
-    with atomic_write(directory / "meta.json") as path:
+def _forget(directory):
+    """Remove what says that a text is prepared, or begun, and its shards, of which another text may have fewer."""
+    for path in [directory / "meta.json", directory / "progress.json", *directory.glob("train-*.bin")]:
+        path.unlink(missing_ok=True)
+
+
+def _write_meta(directory, meta, name="meta.json"):
+    with atomic_write(directory / name) as path:
         path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
@@ -135,19 +144,159 @@ def _hold_out(text):
     return text[:cut], text[cut:]
 
 
-def load_from_hub(path, **options):
-    """datasets.load_dataset with a progress bar; UserError, with the ways out, if the hub cannot be reached."""
-    from datasets import load_dataset  # here, because it takes seconds to import and prepared data needs none of it
+def load_from_hub(path, load="load_dataset", **options):
+    """datasets.load_dataset with a progress bar, or another of its functions; UserError, with the ways out, if the hub
+    cannot be reached."""
+    import datasets  # here, because it takes seconds to import and prepared data needs none of it
 
     print(f"loading {path} from the hub")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report each of its retries
     try:
-        return load_dataset(path, **options)
+        return getattr(datasets, load)(path, **options)
     except Exception as error:  # the hub's client, its HTTP library and the operating system each raise their own
         raise UserError(
             f"{path} cannot be loaded from the hub ({type(error).__name__}); use a local file with --source FILE, "
             "or --preset tiny, which needs no download"
         ) from error
+
+
+# ---------------------------------------------------------------------------------------------------
+# Writing on all cores
+
+
+def chunks_of(rows):
+    rows = iter(rows)
+    return iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+
+
+def _in_order(work, chunks, *arguments, processes=None):
+    """Yield work(chunk, *arguments) of every chunk, in order, on all cores. Only so many are under way at once. It is
+    called by other processes, so it must be a module's function."""
+    processes, under_way = processes or os.cpu_count(), deque()
+    with ProcessPoolExecutor(processes, initializer=_follow_parent) as pool:
+        pool.submit(os.getpid).result()  # so they start before whatever reads the chunks has threads
+        for chunk in chunks:
+            under_way.append(pool.submit(work, chunk, *arguments))
+            if len(under_way) > 4 * processes:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def _follow_parent():
+    """Leave Ctrl-C to the process that started this one, and end when it ends, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def write_shards(directory, read, tokenizer, source, source_bytes=0, shard_tokens=SHARD_TOKENS, processes=None):
+    """Tokenize a corpus into shards, on all cores and in memory that does not grow with it. If this is broken off, the
+    same call goes on after the last whole shard, and comes to the same files.
+
+    read(position) yields pairs: a chunk of rows, and the position of the next chunk, any JSON value; that of the first
+    is None. A row is a dict with a "text", or a line of JSONL; rows without one are counted and left out. A shard ends
+    with the chunk that fills it. Every VAL_EVERY-th document of the first one is held out, in val.bin. `source_bytes`
+    tells a source from an older version of it. Raises UserError if something else was begun in `directory`, and unless
+    there is a document to train on and one to hold out.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    meta = _begun(directory, tokenizer, source, source_bytes, shard_tokens)
+    for path in directory.glob("*.tmp"):  # of a process that was killed
+        path.unlink()
+    results = _in_order(_encode_chunk, read(meta["position"]), tokenizer, processes=processes)
+    documents = _take_note(results, meta)
+    options = dict(initial=meta["tokens"]["train"], unit=" tokens", unit_scale=True, **PROGRESS)
+    with tqdm(desc="tokenizing", **options) as bar:
+        for first in documents:
+            _write_shard(directory, itertools.chain([first], documents), meta, bar)
+    _check_enough(meta)
+    _write_meta(directory, {name: value for name, value in meta.items() if name != "position"})
+    (directory / "progress.json").unlink()
+    counts = ", ".join(f"{count:,} tokens for {split}" for split, count in meta["tokens"].items())
+    print(f"{directory}: {counts} in {len(meta['shards'])} shards ({tokenizer} tokenizer); {_counts(meta['report'])}")
+
+
+def _begun(directory, tokenizer, source, source_bytes, shard_tokens):
+    """The meta.json of what is on disk, and the "position" where the next shard begins: those in progress.json, if
+    there is one."""
+    settings = dict(tokenizer=tokenizer, source=source, source_bytes=source_bytes, shard_tokens=shard_tokens)
+    path, none = directory / "progress.json", {"train": 0, "val": 0}
+    new = settings | {"vocab_size": get_tokenizer(tokenizer).n_vocab, "tokens": none, "crc32": dict(none), "shards": []}
+    new |= {"report": {"documents": 0, "rows without a text": 0}, "position": None}
+    if (directory / "meta.json").exists() or not path.exists():
+        return new
+    meta = read_meta(directory, name=path.name)
+    if meta.keys() != new.keys():
+        raise UserError(f"{path} is damaged; delete it to prepare the data again")
+    for name, value in settings.items():
+        if meta[name] != value:
+            raise UserError(f"{directory} was begun with {name} {meta[name]}, not {value}; delete {path} to begin anew")
+    print(f"{directory}: going on after {len(meta['shards'])} shards")
+    return meta
+
+
+def _take_note(results, meta):
+    """Yield the documents of every chunk that has any, and count all in `meta`."""
+    for documents, left_out, position in results:
+        meta["report"]["rows without a text"] += left_out
+        meta["position"] = position
+        if documents:
+            yield documents
+
+
+def _write_shard(directory, chunks, meta, bar):
+    """Write the next shard, with the first val.bin as well; then progress.json, which says that they are whole."""
+    number, before = len(meta["shards"]), meta["tokens"]["train"]
+    with contextlib.ExitStack() as stack:
+        files = {"train": _start(_shard(directory, number), stack)}
+        if not number:
+            files["val"] = _start(directory / "val.bin", stack)
+        for documents in chunks:
+            for ids in documents:
+                held_out = not number and meta["report"]["documents"] % VAL_EVERY == 0
+                _add(ids, "val" if held_out else "train", files, meta)
+            bar.update(sum(map(len, documents)))
+            if meta["tokens"]["train"] - before >= meta["shard_tokens"]:
+                break
+        if not number:
+            _check_enough(meta)
+            _forget(directory)  # the files of an earlier set stay whole until here
+    meta["shards"].append(meta["tokens"]["train"] - before)
+    _write_meta(directory, meta, "progress.json")
+
+
+def _shard(directory, number):
+    return Path(directory) / f"train-{number:05}.bin"
+
+
+def _add(ids, split, files, meta):
+    files[split].write(ids)
+    meta["report"]["documents"] += 1
+    meta["tokens"][split] += len(ids)
+    meta["crc32"][split] = zlib.crc32(ids, meta["crc32"][split])
+
+
+def _check_enough(meta):
+    if not all(meta["tokens"].values()):
+        raise UserError(f"{meta['source']} has too few documents; the least is 2 ({_counts(meta['report'])})")
+
+
+def _counts(report):
+    return ", ".join(f"{count:,} {what}" for what, count in report.items())
+
+
+def _encode_chunk(chunk, tokenizer):
+    """The ids of each document, how many rows have no text, and the position that came with the chunk."""
+    rows, position = chunk
+    encoding = get_tokenizer(tokenizer)
+    end, id_type = encoding.encode_single_token(END_OF_TEXT), _token_type(encoding.n_vocab)
+    rows = [_parse(row) if isinstance(row, bytes) else row for row in rows]
+    texts = [row.get("text") for row in rows if isinstance(row, dict)]
+    texts = [text for text in texts if isinstance(text, str) and text.strip()]
+    documents = [np.array([*encoding.encode_ordinary(text), end], id_type) for text in texts]
+    return documents, len(rows) - len(texts), position
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -169,7 +318,8 @@ def write_examples(directory, rows, tokenize, tokenizer, block_size, source, tot
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files:
         train, val = (_ExampleWriter(directory, split, files) for split in ("train", "val"))
-        results = _tokenize_all(rows, tokenize, tokenizer, block_size)
+        chunks = _in_order(_tokenize_chunk, chunks_of(rows), tokenize, tokenizer, block_size)
+        results = itertools.chain.from_iterable(chunks)
         for example, cut, skipped in tqdm(results, "tokenizing", total, unit=" rows", **PROGRESS):
             report.update(rows=1, cut=cut)
             if skipped:
@@ -177,8 +327,7 @@ def write_examples(directory, rows, tokenize, tokenizer, block_size, source, tot
             else:
                 (train if (train.examples + val.examples) % VAL_EVERY else val).add(example)
         if not train.examples:
-            counts = ", ".join(f"{count:,} {what}" for what, count in report.items())
-            raise UserError(f"{source} has too few usable examples, {val.examples}; the least is 2 ({counts})")
+            raise UserError(f"{source} has too few usable examples, {val.examples}; the least is 2 ({_counts(report)})")
         (directory / "meta.json").unlink(missing_ok=True)  # the files of an earlier set stay whole until here
     writers = {"train": train, "val": val}
     meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "block_size": block_size, "source": source}
@@ -186,18 +335,15 @@ def write_examples(directory, rows, tokenize, tokenizer, block_size, source, tot
         meta[count] = {split: getattr(writer, count) for split, writer in writers.items()}
     _write_meta(directory, meta | {"report": report})
     counts = ", ".join(f"{count:,} examples for {split}" for split, count in meta["examples"].items())
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in report.items())
-    print(f"{directory}: {counts} ({tokenizer} tokenizer); {skipped}")
+    print(f"{directory}: {counts} ({tokenizer} tokenizer); {_counts(report)}")
 
 
 class _ExampleWriter:
     """Writes examples to SPLIT.bin, SPLIT.mask.bin and SPLIT.offsets.bin, which `files`, an ExitStack, completes."""
 
     def __init__(self, directory, split, files):
-        def start(name):
-            return files.enter_context(open(files.enter_context(atomic_write(directory / name)), "wb"))
-
-        self.ids, self.mask, self.offsets = map(start, (f"{split}.bin", f"{split}.mask.bin", f"{split}.offsets.bin"))
+        names = (f"{split}.bin", f"{split}.mask.bin", f"{split}.offsets.bin")
+        self.ids, self.mask, self.offsets = (_start(directory / name, files) for name in names)
         self.examples = self.tokens = self.crc32 = 0
         self.offsets.write(np.int64(0))
 
@@ -209,29 +355,6 @@ class _ExampleWriter:
             self.mask.write(mask)
             self.offsets.write(np.int64(self.tokens))
         self.examples += 1
-
-
-def _tokenize_all(rows, *arguments):
-    """Yield what _tokenize_chunk says of every row, in order. Only so many rows are under way at once."""
-    rows, under_way = iter(rows), deque()
-    with ProcessPoolExecutor(initializer=_follow_parent) as pool:
-        while chunk := list(itertools.islice(rows, 64)):
-            under_way.append(pool.submit(_tokenize_chunk, chunk, *arguments))
-            if len(under_way) > 4 * os.cpu_count():
-                yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
-
-
-def _follow_parent():
-    """Leave Ctrl-C to the process that has started this one, and end when it does, even if it is killed."""
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def _tokenize_chunk(rows, tokenize, tokenizer, block_size):
@@ -247,6 +370,11 @@ def _tokenize_chunk(rows, tokenize, tokenizer, block_size):
         arrays = [(np.array(ids[:block_size], id_type), np.array(mask[:block_size], np.uint8)) for ids, mask in example]
         results.append((arrays, int(any(len(ids) > block_size for ids, _ in example)), ""))
     return results
+
+
+def _start(path, files):
+    """Open a file to write into, which `files`, an ExitStack, completes."""
+    return files.enter_context(open(files.enter_context(atomic_write(path)), "wb"))
 
 
 def _parse(line):
@@ -321,9 +449,9 @@ def _is_prepared(meta, source):
     return same and Path(source).exists() and Path(source).stat().st_mtime <= meta.stat().st_mtime
 
 
-def read_meta(directory, tokenizer=""):
+def read_meta(directory, tokenizer="", name="meta.json"):
     """meta.json of a prepared data set; raises UserError if it is missing, damaged or of another tokenizer."""
-    path = Path(directory) / "meta.json"
+    path = Path(directory) / name
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         counts = [*meta["tokens"].values(), *meta.get("examples", {}).values(), meta["vocab_size"]]
@@ -331,6 +459,8 @@ def read_meta(directory, tokenizer=""):
             raise TypeError
         if not all(isinstance(meta[name], str) for name in ("tokenizer", "source")) or "crc32" not in meta:
             raise TypeError
+        if "shards" in meta and sum(meta["shards"]) != meta["tokens"]["train"]:
+            raise ValueError
     except OSError as error:
         raise UserError(f"{directory} is not a prepared data set: {path} cannot be read") from error
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -344,16 +474,49 @@ def read_meta(directory, tokenizer=""):
 
 
 def open_tokens(directory, split, meta, block_size=0):
-    """Memory-map the ids of one split (N,), checked against meta.json and for being more than block_size."""
+    """Memory-map the ids of one split (N,), checked against meta.json and for being more than block_size. Shards, which
+    would take minutes to read, have their ids checked when they are drawn."""
     path = Path(directory) / f"{split}.bin"
     if meta["vocab_size"] != get_tokenizer(meta["tokenizer"]).n_vocab:
         raise UserError(f"{directory}/meta.json is damaged: its tokenizer has another vocabulary")
-    tokens = _memory_map(path, _token_type(meta["vocab_size"]), meta["tokens"].get(split))
+    id_type = _token_type(meta["vocab_size"])
+    if split == "train" and "shards" in meta:
+        sizes = enumerate(meta["shards"])
+        files = [_memory_map(_shard(directory, number), id_type, size) for number, size in sizes]
+        tokens = Shards(files, meta["vocab_size"])
+    else:
+        tokens = _memory_map(path, id_type, meta["tokens"].get(split))
+        _check_ids(tokens, path, meta["vocab_size"])
     if len(tokens) <= block_size:
         raise UserError(f"{path} has {len(tokens):,} tokens: too few for a block_size of {block_size}")
-    if (largest := int(tokens.max())) >= meta["vocab_size"]:
-        raise UserError(f"{path} holds token id {largest}, outside the vocabulary of {meta['vocab_size']}")
     return tokens
+
+
+def _check_ids(ids, path, vocab_size):
+    if (largest := int(ids.max())) >= vocab_size:
+        raise UserError(f"{path} holds token id {largest}, outside the vocabulary of {vocab_size}")
+
+
+class Shards:
+    """Arrays of ids that are read as one: its length, and slices of it, which may begin in one and end in another."""
+
+    def __init__(self, files, vocab_size):
+        self.files, self.vocab_size = files, vocab_size
+        self.ends = np.cumsum([len(file) for file in files])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, window):
+        start, stop, pieces = window.start, min(window.stop, len(self)), []
+        while start < stop:
+            number = np.searchsorted(self.ends, start, side="right")
+            file = self.files[number]
+            offset = self.ends[number] - len(file)
+            pieces.append(file[start - offset : stop - offset])
+            _check_ids(pieces[-1], file.filename, self.vocab_size)
+            start += len(pieces[-1])
+        return np.concatenate(pieces)
 
 
 def _memory_map(path, kind, length):
