@@ -207,7 +207,7 @@ def complete(checkpoint, out_dir):
         return
     named = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in about.items()}
     with one_line():
-        dcp.load(named, checkpoint_id=checkpoint.pop("parts"))
+        dcp.load(named, checkpoint_id=checkpoint.pop("parts"), no_dist=True)
     for name, tensor in named.items():
         kind, name = name.split(".", 1)
         if kind == "model":

@@ -267,6 +267,8 @@ def saved_config(checkpoint, attn_impl):
 
 def load_weights(model, checkpoint):
     """Put a checkpoint's weights into a model and return it; raises UserError if they do not fit."""
+    if "parts" in checkpoint:
+        raise UserError(f"the checkpoint is in parts; python parallel.py {checkpoint['parts'].parent} makes one file of it")
     try:
         model.load_state_dict(checkpoint["model"])
     except (AttributeError, RuntimeError, TypeError) as error:  # the latter of names and tensors that are none
