@@ -227,8 +227,8 @@ class FineTuning(train.Run):
         return self.work(numbers), self.micro_batches(self.train_examples, numbers)
 
     def micro_batches(self, examples, numbers):
-        """The examples in micro-batches, of which this process gets its part; each has, beside its tensors, what a sum over
-        it is multiplied with to make it its share of the mean over all."""
+        """This process's part of the examples, in micro-batches; each has, beside its tensors, what a sum over it is
+        multiplied with to make it its share of the mean over all."""
         size = self.settings.micro_batch_size
         parts = [collate(examples, numbers[i : i + size], self.config.block_size) for i in range(0, len(numbers), size)]
         scale = torch.tensor(1 / self.denominator(parts))  # a tensor, to travel with the others

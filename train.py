@@ -212,7 +212,7 @@ def load_checkpoint(path):
             # the memory happens to be
             if archive.testzip() or any(part.external_attr & 0x10 for part in archive.infolist()):
                 raise ValueError
-        # Mapped, it takes no memory of its own, also where several processes read it; Windows would hold on to the file.
+        # Mapped, it takes no memory of its own, even if several processes read it; Windows cannot replace such a file.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         missing = [n for n in ("model", "config", "settings", "data") if not isinstance(checkpoint.get(n), dict)]
         missing += [n for n, kind in (("step", int), ("stage", str)) if not isinstance(checkpoint.get(n), kind)]
@@ -268,7 +268,8 @@ def saved_config(checkpoint, attn_impl):
 def load_weights(model, checkpoint):
     """Put a checkpoint's weights into a model and return it; raises UserError if they do not fit."""
     if "parts" in checkpoint:
-        raise UserError(f"the checkpoint is in parts; python parallel.py {checkpoint['parts'].parent} makes one file of it")
+        folder = checkpoint["parts"].parent
+        raise UserError(f"the checkpoint is in parts; python parallel.py {folder} makes one file of it")
     try:
         model.load_state_dict(checkpoint["model"])
     except (AttributeError, RuntimeError, TypeError) as error:  # the latter of names and tensors that are none
@@ -311,7 +312,7 @@ def peak_flops(device):
 def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and parallel.PROCESSES > 1:
+    if name.startswith("cuda") and parallel.PROCESSES > 1:
         name = f"cuda:{parallel.LOCAL_RANK}"
     try:
         device = torch.empty(1, device=name).device
@@ -335,8 +336,8 @@ def wants_compile(mode, device):
 
 
 def compile_model(model):
-    """torch.compile of a model or its layers' forward(), allowed to compute cheap things that feed a matrix product, like norms, again in the backward pass
-    instead of keeping them: a fifth less memory, about 1 % slower."""
+    """torch.compile of a model, or of a layer's forward(), allowed to compute cheap things that feed a matrix product,
+    like norms, again in the backward pass instead of keeping them: a fifth less memory, about 1 % slower."""
     torch._functorch.config.ban_recompute_materialized_backward = False
     return torch.compile(model)
 
@@ -849,7 +850,7 @@ class Pretraining(Run):
         model = GPT(self.config())
         if start:
             check_shape(start, model.config)
-        if start and "parts" not in start:
+        if start and not (self.settings.resume and "parts" in start):  # those restore() reads
             load_weights(model, start)
         return model.checkpoint_activations() if self.settings.activation_checkpointing else model
 
