@@ -12,6 +12,7 @@ of processes can read.
 import contextlib
 import itertools
 import os
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -202,12 +203,14 @@ def restore(model, optimizer, checkpoint):
 def complete(checkpoint, out_dir):
     """Say where the parts of a checkpoint are, and for one process read them as a whole; any error if they are not."""
     checkpoint["parts"] = folder = out_dir / checkpoint["parts"]
-    about = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    if not (folder / ".metadata").exists():  # which is written last
+        raise UserError(f"{folder} is missing or not complete")
     if PROCESSES > 1:
         return
+    about = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     named = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in about.items()}
-    with one_line():
-        dcp.load(named, checkpoint_id=checkpoint.pop("parts"), no_dist=True)
+    with one_line(), warnings.catch_warnings(action="ignore"):  # that there is one process
+        dcp.load(named, checkpoint_id=checkpoint.pop("parts"))
     for name, tensor in named.items():
         kind, name = name.split(".", 1)
         if kind == "model":
