@@ -182,6 +182,8 @@ class FineTuning(train.Run):
         self.optimizer = train.make_optimizer(self.model, weight_decay=0.0)
         if settings.resume:
             self.restore(start)
+        if parallel.RANK:
+            torch.manual_seed(settings.seed + parallel.RANK)  # other dropout than process 0's
 
     def load_data(self, tokenizer):
         s, block_size = self.settings, self.config.block_size

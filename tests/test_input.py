@@ -212,7 +212,6 @@ RUNS = [
      "train --resume --max_steps 9", "out/pretrain/ckpt.pt is no checkpoint to resume from"),
     ("resume with a loss in words", checkpoint("out/sft/ckpt.pt", best_val_loss="low"),
      "sft --resume --max_steps 9", "out/sft/ckpt.pt is no checkpoint to resume from"),
-    ("too much for torchrun", lambda: os.environ.update(WORLD_SIZE="2"), "train", "run it without torchrun"),
 ]  # fmt: skip
 
 CHECKPOINTS = [
@@ -441,7 +440,6 @@ def home(tmp_path_factory):
 def test_wrong_input(home, tmp_path, monkeypatch, capsys, setup, command, message):
     folder = shutil.copytree(home, tmp_path / "home")
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr("sys.argv", [])
     monkeypatch.setattr("sys.stdin", io.StringIO())
     kept = setup and setup()

@@ -27,19 +27,8 @@ ROOT = Path(__file__).parent.parent
 SHAPE = ["--block_size", 32, "--n_layer", 2, "--n_embd", 32, "--n_inner", 48, "--n_head", 2, "--head_dim", 16]
 COMMON = ["--preset", "tiny", "--device", "cpu", "--batch_size", 4, "--log_interval", 1]
 PRETRAIN = [*SHAPE, *COMMON, "--warmup_steps", 3, "--eval_windows", 5]  # which leaves a process without a window
-TUNE = [
-    *COMMON,
-    "--micro_batch_size",
-    1,
-    "--max_steps",
-    4,
-    "--eval_examples",
-    3,
-    "--eval_interval",
-    2,
-    "--lora_rank",
-    2,
-]
+TUNE = [*COMMON, "--micro_batch_size", 1, "--max_steps", 4, "--eval_interval", 2]
+TUNE += ["--eval_examples", 3, "--lora_rank", 2]
 
 
 @pytest.fixture(scope="module")
@@ -238,10 +227,9 @@ def test_a_signal_saves_the_same_step_everywhere(home, tmp_path, number):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_run_which_can_be_resumed(home, tmp_path, rank):
+def test_a_killed_process_ends_the_run_which_can_be_resumed(home, tmp_path):
     run, workers = start_run(home, tmp_path)
-    os.kill(workers[rank], signal.SIGKILL)
+    os.kill(workers[1], signal.SIGKILL)
     started, (_, errors) = time.time(), run.communicate(timeout=60)
     assert run.returncode != 0 and time.time() - started < 45
     assert "Traceback" not in errors.split("torch/distributed/elastic")[0]  # torchrun's own report is all there is
