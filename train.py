@@ -343,8 +343,8 @@ def compile_model(model):
 
 
 def place(build, device, compiles):
-    """The model that build() makes on the CPU, on its device, and the same to train with, compiled if it `compiles`.
-    Several processes have a part of it each, and compile its layers one by one."""
+    """Put the model that build() makes on its device -> the model, and what to call in training: itself, or if
+    `compiles`, compiled. Of several processes, each has a part of the model, whose layers are compiled one by one."""
     if parallel.PROCESSES > 1:
         model = parallel.shard(build, device, compile_model if compiles else None)
         return model, model
@@ -546,9 +546,9 @@ def fit(run, log):
 
 
 def optimizer_step(optimizer, lr, accumulate, micro_batches, clip=1.0):
-    """One step on a batch that passes in micro-batches, whose shares of loss and gradient add up -> a dict of the loss,
-    what else `accumulate` measures, the gradient's norm before it is clipped, and whether the step was skipped, which
-    leaves weights and optimizer as they are, for a loss or gradient that is not finite."""
+    """One step on a batch that passes in micro-batches, whose shares of loss and gradient add up, over all processes
+    too -> a dict of the loss, what else `accumulate` measures, the gradient's norm before it is clipped, and whether
+    the step was skipped, which leaves weights and optimizer as they are, for a loss or gradient that is not finite."""
     total = {}
     for tensors in micro_batches:
         total = add_share(total, accumulate(*tensors))
@@ -617,12 +617,12 @@ class Run:
             raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
         try:
             self.done, self.best_val_loss = checkpoint["step"], float(checkpoint["best_val_loss"])
-            self.restore_optimizer(checkpoint)
+            self.restore_state(checkpoint)
             set_rng_state(checkpoint["rng"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.out_dir / NEWEST} is no checkpoint to resume from") from error
 
-    def restore_optimizer(self, checkpoint):
+    def restore_state(self, checkpoint):
         self.optimizer.load_state_dict(checkpoint["optimizer"])
 
     def validate(self, step):
@@ -895,9 +895,9 @@ class Pretraining(Run):
             line += "; lambda by layer " + " ".join(f"{value:.2f}" for value in lambdas)
         return {"val_loss": loss}, line
 
-    def restore_optimizer(self, checkpoint):
+    def restore_state(self, checkpoint):
         if parallel.PROCESSES == 1:
-            return super().restore_optimizer(checkpoint)
+            return super().restore_state(checkpoint)
         parallel.restore(self.model, self.optimizer, checkpoint)
 
     def save(self, step):

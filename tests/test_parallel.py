@@ -254,6 +254,42 @@ def test_an_error_is_one_line_once(runs, tmp_path, flags, message):
     assert 'train.py", line' not in errors  # no traceback of ours
 
 
+def launch_with(home, tmp_path, second_step, **options):
+    """A run of 2 processes in which process 1 alone does `second_step` with its share of the loss of step 2."""
+    (tmp_path / "script.py").write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, parallel, train
+loss_of, calls = train.Pretraining.loss_of, []
+def changed(self, *tensors):
+    share = loss_of(self, *tensors)
+    calls.append(share)
+    if parallel.RANK == 1 and len(calls) == 2:
+        {second_step}
+    return share
+train.Pretraining.loss_of = changed
+train.run_script(train.main)
+""")
+    flags = [*PRETRAIN, "--dataset", home / "set", "--max_steps", 4]
+    return launch(2, tmp_path / "script.py", tmp_path / "run", *flags, **options)
+
+
+def test_a_step_is_skipped_by_all_or_none(home, tmp_path):
+    text = launch_with(home, tmp_path, "share['loss'] = share['loss'] * float('nan')")
+    assert "step 2 skipped" in text
+    with open(tmp_path / "run" / "log.csv", newline="") as file:
+        assert [row["skipped"] for row in csv.DictReader(file)] == ["0", "1", "0", "0"]
+    weights, optimizer = (train.load_checkpoint(tmp_path / "run" / "ckpt.pt")[name] for name in ("model", "optimizer"))
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert {state["step"].item() for state in optimizer["state"].values()} == {3}
+
+
+def test_one_process_that_fails_ends_all_with_its_error(home, tmp_path):
+    errors = launch_with(home, tmp_path, "raise torch.OutOfMemoryError", fails=True)
+    lines = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert "the GPU's memory is full; try --micro_batch_size 1" in lines[0]
+    assert lines[1:] in ([], ["error: another process has ended, see its error"])
+
+
 # ------------------------------------------------------------------------------------- large models
 
 
