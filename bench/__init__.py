@@ -50,8 +50,9 @@ def parse_arguments(name, description, **flags):
 
 
 def batch_size(tokens, length):
-    if tokens % length:
-        raise UserError(f"--tokens {tokens} is not a multiple of {length}, the length times the number of processes")
+    if tokens % (length * parallel.PROCESSES):
+        times = f" times {parallel.PROCESSES} processes" * (parallel.PROCESSES > 1)
+        raise UserError(f"--tokens {tokens} is not a multiple of --length {length}{times}")
     return tokens // length
 
 
@@ -72,7 +73,7 @@ def training_step(config, tokens, device, compile, loss=chunked_loss, recompute=
     build = (lambda: GPT(config).checkpoint_activations()) if recompute else (lambda: GPT(config))
     model, compiled = train.place(build, device, train.wants_compile(compile, device))
     optimizer = train.make_optimizer(model, weight_decay=0.1)
-    rows = batch_size(tokens, config.block_size * parallel.PROCESSES)
+    rows = batch_size(tokens, config.block_size) // parallel.PROCESSES
     ids = torch.randint(256, (rows, config.block_size + 1), device=device)
     batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
 
