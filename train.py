@@ -176,12 +176,13 @@ def locked(out_dir):
 
 
 def take(lock, out_dir):
-    """Whether there is a lock now; it ends with the process, however that ends. Windows and some network drives have
-    none. Raises UserError if another run has it."""
+    """Whether there is a lock now, which of several processes the first takes; it ends with the process, however that
+    ends. Windows and some network drives have none. Raises UserError if another run has it."""
+    can_lock = bool(fcntl) and parallel.RANK == 0
     try:
-        if fcntl:
+        if can_lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return bool(fcntl)
+        return can_lock
     except BlockingIOError as error:
         raise UserError(f"another run is writing to {out_dir}; --out_dir names another folder") from error
     except OSError:
@@ -662,12 +663,9 @@ def carry_out(run):
     if run.done >= run.settings.max_steps:
         print(f"the run in {run.out_dir} has {run.done} steps already; a higher --max_steps adds to it")
         return
-    with contextlib.ExitStack() as folder:
-        with parallel.in_turn():
-            if parallel.RANK == 0:
-                folder.enter_context(locked(run.out_dir))
-                if not run.settings.resume:
-                    make_room(run.out_dir)
+    with locked(run.out_dir):
+        if not run.settings.resume and parallel.RANK == 0:
+            make_room(run.out_dir)
         log, started = Log(run), time.perf_counter()
         try:
             fit(run, log)
