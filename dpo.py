@@ -14,7 +14,7 @@ import parallel
 import sft
 from data import run_script
 from lora import disable_lora
-from train import carry_out, flag, parse_flags
+from train import carry_out, flag, locked, parse_flags
 
 
 def dpo_loss(
@@ -101,7 +101,7 @@ class DPO(sft.FineTuning):
 
 def main():
     given = parse_flags(Settings, __doc__, PRESETS["tiny"])
-    with parallel.started():
+    with parallel.started(), locked(given.get("out_dir", Settings.out_dir)):
         carry_out(DPO(*sft.choose_settings(given, Settings, PRESETS, DPO.stage)))
 
 

@@ -133,7 +133,7 @@ def chat(speaker, message):
 def read_message():
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, RuntimeError):  # the latter where there is no stdin
         print()
         return ""
 
@@ -153,6 +153,6 @@ def main():
 
 if __name__ == "__main__":
     # A character that the terminal's encoding lacks is no reason to fail.
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # one that is closed is None
         stream.reconfigure(errors="replace")
     run_script(main)

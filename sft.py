@@ -62,12 +62,7 @@ def choose_settings(given, settings_class, presets, stage):
     """The settings, and the checkpoint to start from or to resume. Flags go over the preset, the preset over the
     defaults; the checkpoint's tokenizer decides which preset `auto` is."""
     if given.get("resume"):
-        settings, start = train.resumed_settings(given, settings_class, stage)
-        for name in ("attn", "lora_rank", "lora_alpha"):
-            begun = start["settings"].get(name)
-            if getattr(settings, name) != begun:
-                raise UserError(f"the run was begun with --{name} {begun}, which --resume cannot change")
-        return settings, start
+        return train.resumed_settings(given, settings_class, stage)
     path = given.get("init_from", settings_class.init_from)
     if "init_from" not in given and not Path(path).exists():
         raise UserError(f"there is no {path} yet: train the stage before, or name another checkpoint with --init_from")
@@ -304,7 +299,7 @@ class SFT(FineTuning):
 
 def main():
     given = train.parse_flags(Settings, __doc__, PRESETS["tiny"])
-    with parallel.started():
+    with parallel.started(), train.locked(given.get("out_dir", Settings.out_dir)):
         train.carry_out(SFT(*choose_settings(given, Settings, PRESETS, SFT.stage)))
 
 

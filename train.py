@@ -99,11 +99,19 @@ def parse_flags(settings_class, description, tiny, argv=None):
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {default})", **kind)
     given = vars(parser.parse_args(argv))
     for f in fields(settings_class):
-        value, least, most = given.get(f.name), f.metadata["least"], f.metadata["most"]
-        if f.type in (int, float) and value is not None and not least <= value <= most:  # NaN fails it too
+        if f.name in given and not is_allowed(f, given[f.name]):
+            least, most = f.metadata["least"], f.metadata["most"]
             limit = f"the least is {least}" + (f", the most {most}" if most < 2**63 - 1 else "")
-            parser.error(f"--{f.name} {value} is out of range; {limit}")
+            parser.error(f"--{f.name} {given[f.name]} is out of range; {limit}")
     return given
+
+
+def is_allowed(f, value):
+    """Whether a value has the type of a settings field and is one of its choices, or in its range."""
+    least, most, choices = f.metadata["least"], f.metadata["most"], f.metadata["choices"]
+    if type(value) is not f.type or (choices and value not in choices):
+        return False
+    return f.type not in (int, float) or least <= value <= most  # NaN fails it too
 
 
 def choose_preset(given, preset, why):
@@ -112,6 +120,10 @@ def choose_preset(given, preset, why):
         return given["preset"]
     print(f"preset: {preset}, since {why}; --preset tiny or --preset ldiff chooses")
     return preset
+
+
+# What --resume cannot change: the model, and what its best validation loss was measured with.
+FIXED = {"attn", "lora_rank", "lora_alpha", "block_size", "eval_windows", "eval_examples", "beta", "label_smoothing"}
 
 
 def resumed_settings(given, settings_class, stage):
@@ -124,8 +136,11 @@ def resumed_settings(given, settings_class, stage):
     if start["stage"] != stage:
         raise UserError(f"{out_dir / NEWEST} is a checkpoint of the stage {start['stage']}, not {stage}")
     saved = {f.name: start["settings"][f.name] for f in fields(settings_class) if f.name in start["settings"]}
-    if wrong := [f.name for f in fields(settings_class) if not isinstance(saved.get(f.name, f.default), f.type)]:
-        raise UserError(f"{out_dir / NEWEST} is no checkpoint to resume from: its {wrong[0]} is of another type")
+    if wrong := [f.name for f in fields(settings_class) if f.name in saved and not is_allowed(f, saved[f.name])]:
+        raise UserError(f"{out_dir / NEWEST} is no checkpoint to resume from: its {wrong[0]} cannot be used")
+    for name in FIXED & given.keys():
+        if given[name] != (begun := saved.get(name, getattr(settings_class, name))):
+            raise UserError(f"the run was begun with --{name} {begun}, which --resume cannot change")
     # The data were prepared when the run began, and its folder may have been moved since.
     return settings_class(**{**saved, "source": "", "out_dir": str(out_dir), **given}), start
 
@@ -160,10 +175,12 @@ def make_room(out_dir):
 
 @contextlib.contextmanager
 def locked(out_dir):
-    """Make the folder of a run and keep other runs out of it; what a killed one left half written is removed."""
+    """Make the folder of a run and keep other runs out of it, from before its checkpoint is read, which would else be
+    an old one by the time that it is gone on from; what a killed run left half written is removed."""
+    out_dir = Path(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out_dir / "lock", os.O_CREAT | os.O_WRONLY)
+        lock = os.open(out_dir / "lock", os.O_CREAT | os.O_WRONLY, 0o666)
     except OSError as error:
         raise UserError(f"cannot write to {out_dir}: {error.strerror}") from error
     try:
@@ -235,7 +252,8 @@ def load_checkpoint(path):
 
 
 def load_latest(out_dir):
-    """The newest whole checkpoint of the run in out_dir: the one before the last if that is damaged, which is said."""
+    """The newest whole checkpoint of the run in out_dir, which is locked: the one before the last if that is damaged,
+    which is said."""
     newest, previous = out_dir / NEWEST, out_dir / PREVIOUS
     if not newest.exists() and not previous.exists():
         raise UserError(f"there is no checkpoint {newest} to resume from; --out_dir names the run's folder")
@@ -244,15 +262,21 @@ def load_latest(out_dir):
     except Damaged as error:
         if not previous.exists():
             raise
-        with locked(out_dir):
-            with contextlib.suppress(Damaged):  # unless another run was just saving it
-                return load_checkpoint(newest)
-            checkpoint = load_checkpoint(previous)
-            print(f"{error}; going on from the one before it, of step {checkpoint['step']}")
-            if newest.exists():
-                newest.replace(out_dir / DAMAGED)
-            previous.rename(newest)  # the next checkpoint is not to replace the only whole one
+        checkpoint = load_checkpoint(previous)
+        print(f"{error}; going on from the one before it, of step {checkpoint['step']}")
+        if newest.exists():
+            newest.replace(out_dir / DAMAGED)
+        previous.rename(newest)  # the next checkpoint is not to replace the only whole one
         return checkpoint
+
+
+def best_val_loss(out_dir):
+    """That of the best.pt in a run's folder, which may come from steps after the last checkpoint; infinite if there is
+    none, or it is damaged."""
+    try:
+        return float(load_checkpoint(out_dir / "best.pt")["best_val_loss"])
+    except (Damaged, KeyError, TypeError, ValueError):
+        return math.inf
 
 
 def saved_config(checkpoint, attn_impl):
@@ -366,6 +390,17 @@ def make_optimizer(model, weight_decay):
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
+def load_moments(optimizer, saved):
+    """Give an optimizer what a checkpoint has of its state, but no rates: those are in the settings, and may be others
+    now. Raises some error if it does not fit, which the fused kernel would not notice and write beyond it."""
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state[parameter]
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if state["step"].numel() != 1 or any(m.shape != parameter.shape or not m.is_contiguous() for m in moments):
+            raise ValueError
+
+
 def lr_at(step, settings, floor=0.1):
     """The learning rate of steps 1 to max_steps: up linearly to the peak, then a cosine down to floor * peak."""
     peak, warmup, last = settings.learning_rate, settings.warmup_steps, settings.max_steps
@@ -404,17 +439,19 @@ class Log:
 
     def open(self, done):
         """Begin log.csv, or keep its rows up to step `done`: an interrupted run repeats those after its checkpoint."""
-        rows = []
+        rows, kept = [], set(map(str, range(1, done + 1)))
         if done and self.path.exists():
-            with open(self.path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
-            whole = [row for row in rows if None not in row and None not in row.values()]  # not torn by a crash
-            rows = [row for row in whole if int(row["step"]) <= done]
+            with open(self.path, encoding="utf-8-sig", errors="replace") as file:  # csv would stumble over damage
+                names, *lines = [line.rstrip("\n").split(",") for line in file] or [[]]
+            rows = [dict(zip(names, values)) for values in lines if len(values) == len(names)]  # not torn by a crash
+            rows = [row for row in rows if row.get("step") in kept]
         if parallel.RANK == 0:
             with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(rows)
+        for row in rows:
+            self._count(row.get("skipped") == "1")
         self.started = time.perf_counter()
 
     @contextlib.contextmanager
@@ -443,13 +480,16 @@ class Log:
         self.speeds += [speed] * len(rows)
         self.rows, self.started = [], now
 
+    def _count(self, skipped):
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
     def _check(self, row):
         advice = "try a lower --learning_rate or a longer --warmup_steps"
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
+        self._count(row["skipped"])
         if row["skipped"]:
-            self.skipped += 1
             say(f"step {row['step']} skipped: loss or gradient not finite ({self.skipped} so far)")
-        if self.skipped_in_a_row == MOST_SKIPPED:
+        if self.skipped_in_a_row >= MOST_SKIPPED:
             raise Diverged(
                 f"{MOST_SKIPPED} steps in a row up to {row['step']} gave no finite gradient and were skipped; {advice}"
             )
@@ -617,14 +657,16 @@ class Run:
         if checkpoint["data"] != self.meta:
             raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
         try:
-            self.done, self.best_val_loss = checkpoint["step"], float(checkpoint["best_val_loss"])
+            self.done, self.best_val_loss = checkpoint["step"], best_val_loss(self.out_dir)
             self.restore_state(checkpoint)
             set_rng_state(checkpoint["rng"])
+            if self.done < 1:
+                raise ValueError
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.out_dir / NEWEST} is no checkpoint to resume from") from error
 
     def restore_state(self, checkpoint):
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        load_moments(self.optimizer, checkpoint["optimizer"])
 
     def validate(self, step):
         """What evaluate() says; the model with the lowest loss so far is kept."""
@@ -658,20 +700,29 @@ class Run:
 
 
 def carry_out(run):
-    """The whole run, from a description to a sample of text."""
+    """The whole run, from a description to a sample of text, in its folder, which is locked."""
     describe(run)
     if run.done >= run.settings.max_steps:
         print(f"the run in {run.out_dir} has {run.done} steps already; a higher --max_steps adds to it")
         return
-    with locked(run.out_dir):
-        if not run.settings.resume and parallel.RANK == 0:
-            make_room(run.out_dir)
-        log, started = Log(run), time.perf_counter()
-        try:
-            fit(run, log)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"the GPU's memory is full; {smaller(run.settings)}") from error
-        summarize(run, log, time.perf_counter() - started)
+    if not run.settings.resume and parallel.RANK == 0:
+        make_room(run.out_dir)
+    log, started = Log(run), time.perf_counter()
+    try:
+        fit(run, log)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"the GPU's memory is full; {smaller(run.settings)}") from error
+    summarize(run, log, time.perf_counter() - started)
+
+
+def is_out_of_memory(error):
+    """Whether an error is, or came of, a full GPU: one that is full while a CUDA graph is recorded says that this
+    failed."""
+    while error and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def smaller(settings):
@@ -839,7 +890,6 @@ class Pretraining(Run):
         self.optimizer = self.make_optimizer()
         if settings.resume:
             self.restore(start)
-            self.optimizer.param_groups[0]["weight_decay"] = settings.weight_decay  # which may be another one now
 
     def config(self):
         return build_config(self.settings, self.encoding.n_vocab)
@@ -925,7 +975,7 @@ class Pretraining(Run):
 def main():
     tiny = {**PRESETS["tiny"], **SHAPES["tiny", Settings.attn]}
     given = parse_flags(Settings, __doc__, tiny)
-    with parallel.started():
+    with parallel.started(), locked(given.get("out_dir", Settings.out_dir)):
         carry_out(Pretraining(*choose_settings(given)))
 
 

@@ -148,23 +148,23 @@ def shrunk(plan):
 
 
 def make(plan, folder, log, device):
-    """Carry out a run in `folder`, or the rest of it, and write `log`, what is kept of its log.csv."""
+    """Carry out a run in `folder`, which is locked, or the rest of it, and write `log`, what is kept of its log.csv."""
     resume = any((folder / name).exists() for name in (train.NEWEST, train.PREVIOUS))
-    start = train.load_latest(folder) if resume else None
     settings = replace(plan.settings, out_dir=str(folder), resume=resume, device=device)
-    with train.locked(folder):
-        if not resume:
-            train.make_room(folder)
-            start = train.load_checkpoint(settings.init_from) if settings.init_from else None
-        run = plan.kind(settings, start)
-        run.keep = plan.keep
-        try:
-            train.fit(run, train.Log(run))
-        except train.Diverged as error:  # what came before is the result
-            print(f"{folder}: {error}")
-        if plan.texts:
-            look_inside(run, plan.texts, log.with_suffix(".json"))
-        keep_log(folder, log)  # last, for it marks the run as done
+    if resume:
+        start = train.load_latest(folder)
+    else:
+        train.make_room(folder)
+        start = train.load_checkpoint(settings.init_from) if settings.init_from else None
+    run = plan.kind(settings, start)
+    run.keep = plan.keep
+    try:
+        train.fit(run, train.Log(run))
+    except train.Diverged as error:  # what came before is the result
+        print(f"{folder}: {error}")
+    if plan.texts:
+        look_inside(run, plan.texts, log.with_suffix(".json"))
+    keep_log(folder, log)  # last, for it marks the run as done
 
 
 def clean_up(plan, folder):
@@ -218,13 +218,16 @@ def make_missing(runs, arguments):
     device = train.choose_device(arguments.device)
     for name, plan in runs.items():
         log, folder = log_path(arguments.logs, name), Path(arguments.out) / name
-        if not log.exists():
-            if plan.after and not log_path(arguments.logs, plan.after).exists():
-                raise UserError(f"{name} begins with the model of {plan.after}, which is not done")
-            print(f"\n{name}:")
-            fresh_memory(device)
-            make(plan, folder, log, arguments.device)
-        clean_up(plan, folder)
+        if log.exists() and not folder.exists():
+            continue
+        with train.locked(folder):  # another process may be making this one, or have just done so
+            if not log.exists():
+                if plan.after and not log_path(arguments.logs, plan.after).exists():
+                    raise UserError(f"{name} begins with the model of {plan.after}, which is not done")
+                print(f"\n{name}:")
+                fresh_memory(device)
+                make(plan, folder, log, arguments.device)
+            clean_up(plan, folder)
 
 
 def add_flags(parser):

@@ -15,8 +15,10 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
+import threading
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -52,6 +54,9 @@ def atomic_write(path, previous=None):
         if previous and Path(path).exists():
             _keep_as(path, previous)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which a full disk does not name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -94,7 +99,7 @@ def _write_tokens(path, texts, encoding):
     with open(path, "wb") as file:
         for text in texts:
             ids = np.array([*encoding.encode_ordinary(text), end], dtype=_token_type(encoding.n_vocab))
-            ids.tofile(file)
+            file.write(ids)
             count, checksum = count + len(ids), zlib.crc32(ids, checksum)
     return count, checksum
 
@@ -209,14 +214,24 @@ class _ExampleWriter:
 def _tokenize_all(rows, *arguments):
     """Yield what _tokenize_chunk says of every row, in order. Only so many rows are under way at once."""
     rows, under_way = iter(rows), deque()
-    ignore_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # this process answers it
-    with ProcessPoolExecutor(**ignore_ctrl_c) as pool:
+    with ProcessPoolExecutor(initializer=_follow_parent) as pool:
         while chunk := list(itertools.islice(rows, 64)):
             under_way.append(pool.submit(_tokenize_chunk, chunk, *arguments))
             if len(under_way) > 4 * os.cpu_count():
                 yield from under_way.popleft().result()
         while under_way:
             yield from under_way.popleft().result()
+
+
+def _follow_parent():
+    """Leave Ctrl-C to the process that has started this one, and end when it does, even if it is killed."""
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _tokenize_chunk(rows, tokenize, tokenizer, block_size):
@@ -243,12 +258,12 @@ def _parse(line):
 
 
 def open_rows(hub_name, revision, source):
-    """The rows of a data set on the hub, or the lines of the JSONL file `source`; how many there are; and whence."""
+    """The rows of a data set on the hub, or the lines of the JSONL file `source`; how many, if known; and whence."""
     if not source:
         rows = load_from_hub(hub_name, split="train", revision=revision)
         return rows, len(rows), f"{hub_name} {revision}"
     try:
-        total = sum(1 for _ in _lines(source))
+        total = None if Path(source).is_fifo() else sum(1 for _ in _lines(source))  # a pipe can be read only once
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}") from error
     return _lines(source), total, str(Path(source).resolve())

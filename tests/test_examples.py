@@ -1,6 +1,8 @@
 """Examples for SFT and DPO: from rows to files, from files to micro-batches."""
 
 import json
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -156,6 +158,14 @@ def test_useless_source_leaves_the_old_examples(tmp_path):
     with pytest.raises(UserError, match="usable examples"):
         prepare(tmp_path, prepare_dpo, [b"no"])
     assert read_meta(folder) == meta and len(open_examples(folder, "train", meta, 2, 64)) == 1
+
+
+def test_a_pipe_is_read_only_once(tmp_path):
+    """As with --source <(zcat my.jsonl.gz), which has nothing more to say the second time."""
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b'{"a": 1}\n\n{"b": 2}\n',)).start()
+    rows, total, _ = open_rows("a/b", "main", str(tmp_path / "pipe"))
+    assert total is None and list(rows) == [b'{"a": 1}\n', b'{"b": 2}\n']
 
 
 def test_source_that_is_missing():

@@ -61,8 +61,9 @@ def run(home, tmp_path):
         new = [] if "--resume" in flags else ["--init_from", home / f"{attn}.pt"]
         flags = [*SMALL, "--dataset", home / "set", "--out_dir", tmp_path / out, *new, *flags]
         given = train.parse_flags(module.Settings, "", {}, list(map(str, flags)))
-        finished = kind(*sft.choose_settings(given, module.Settings, module.PRESETS, kind.stage))
-        train.carry_out(finished)
+        with train.locked(tmp_path / out):
+            finished = kind(*sft.choose_settings(given, module.Settings, module.PRESETS, kind.stage))
+            train.carry_out(finished)
         return finished
 
     return call

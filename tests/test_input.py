@@ -107,6 +107,18 @@ def copy(source, target):
     return setup
 
 
+def moment(change):
+    """A function that changes the first matrix's momentum in a checkpoint to resume from."""
+
+    def setup():
+        content = torch.load("out/pretrain/ckpt.pt", weights_only=True)
+        state = content["optimizer"]["state"][0]
+        state["exp_avg"] = change(state["exp_avg"])
+        torch.save(content, "out/pretrain/ckpt.pt")
+
+    return setup
+
+
 class Harm:
     """Whoever unpickles it makes a folder."""
 
@@ -203,6 +215,9 @@ RUNS = [
     ("resume of another stage", None, "dpo --resume --out_dir out/sft", "a checkpoint of the stage sft, not dpo"),
     ("resume of the stage before", None, "train --resume --out_dir out/sft", "of the stage sft, not pretrain"),
     ("resume with another rank", None, "sft --resume --lora_rank 8", "begun with --lora_rank 4, which --resume cannot"),
+    ("resume with another context", None, "train --resume --block_size 64", "begun with --block_size 96, which"),
+    ("resume with other validation", None, "train --resume --eval_windows 2", "begun with --eval_windows 1, which"),
+    ("resume with other examples", None, "sft --resume --eval_examples 1", "begun with --eval_examples 2, which"),
     ("resume with another shape", None, "train --resume --n_embd 32", "has n_embd 16, but the settings say 32"),
     ("resume with other data", meta(crc32={}), "train --resume --max_steps 9",
      "the data set is not the one that the run"),
@@ -210,8 +225,24 @@ RUNS = [
      "out/pretrain/ckpt.pt is no checkpoint to resume from"),
     ("resume without random numbers", checkpoint("out/pretrain/ckpt.pt", rng={"cpu": torch.zeros(3), "cuda": []}),
      "train --resume --max_steps 9", "out/pretrain/ckpt.pt is no checkpoint to resume from"),
-    ("resume with a loss in words", checkpoint("out/sft/ckpt.pt", best_val_loss="low"),
+    ("resume with moments in words", checkpoint("out/sft/ckpt.pt", optimizer="fast"),
      "sft --resume --max_steps 9", "out/sft/ckpt.pt is no checkpoint to resume from"),
+    ("resume with moments of another shape", moment(lambda m: m[:2]), "train --resume --max_steps 9",
+     "out/pretrain/ckpt.pt is no checkpoint to resume from"),
+    ("resume with moments of one number", moment(lambda m: m.new_zeros(1).expand(m.shape)),
+     "train --resume --max_steps 9", "out/pretrain/ckpt.pt is no checkpoint to resume from"),
+    ("resume without moments", checkpoint("out/pretrain/ckpt.pt", "optimizer", state={}),
+     "train --resume --max_steps 9", "out/pretrain/ckpt.pt is no checkpoint to resume from"),
+    ("resume before the first step", checkpoint("out/pretrain/ckpt.pt", step=-3), "train --resume --max_steps 9",
+     "out/pretrain/ckpt.pt is no checkpoint to resume from"),
+    ("resume with a batch below nothing", checkpoint("out/sft/ckpt.pt", "settings", batch_size=-4),
+     "sft --resume --max_steps 9", "out/sft/ckpt.pt is no checkpoint to resume from: its batch_size cannot be used"),
+    ("resume with a batch of yes", checkpoint("out/sft/ckpt.pt", "settings", batch_size=True),
+     "sft --resume --max_steps 9", "out/sft/ckpt.pt is no checkpoint to resume from: its batch_size cannot be used"),
+    ("resume with no rate", checkpoint("out/pretrain/ckpt.pt", "settings", learning_rate=float("nan")),
+     "train --resume --max_steps 9", "is no checkpoint to resume from: its learning_rate cannot be used"),
+    ("resume with an unknown preset", checkpoint("out/pretrain/ckpt.pt", "settings", preset="huge"),
+     "train --resume --max_steps 9", "is no checkpoint to resume from: its preset cannot be used"),
 ]  # fmt: skip
 
 CHECKPOINTS = [

@@ -1,10 +1,13 @@
 """What may go wrong with a run: it is killed, its disk is full, its files are damaged, its numbers explode."""
 
+import contextlib
 import csv
+import itertools
 import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import sys
@@ -18,7 +21,7 @@ import torch
 import dpo
 import sft
 import train
-from data import UserError, run_script
+from data import UserError, explain, run_script
 from data.dataset import write_dataset, write_examples
 from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
 from data.slimorca.prepare import tokenize as tokenize_conversation
@@ -63,9 +66,10 @@ def new_run(home, stage, out_dir, *flags):
 
 
 def carry_out(home, stage, out_dir, *flags):
-    run = new_run(home, stage, out_dir, *flags)
-    run.sample = lambda: ""  # which takes longer than these runs
-    train.carry_out(run)
+    with train.locked(out_dir):
+        run = new_run(home, stage, out_dir, *flags)
+        run.sample = lambda: ""  # which takes longer than these runs
+        train.carry_out(run)
     return out_dir
 
 
@@ -126,7 +130,7 @@ def test_a_run_that_is_killed_25_times_equals_one_that_is_not(home, tmp_path, st
     carry_out(home, stage, out, "--resume", "--max_steps", WHOLE)
     assert rows_of(out, *TIMES) == rows_of(whole, *TIMES)
     assert [int(row["step"]) for row in rows_of(out)] == list(range(1, WHOLE + 1))
-    for name in (train.NEWEST, train.PREVIOUS, "best.pt"):
+    for name in (train.NEWEST, train.PREVIOUS, "best.pt", *["adapter.pt"] * (stage != "pretrain")):
         assert same(*(torch.load(folder / name, weights_only=True) for folder in (out, whole))), name
     assert not list(out.glob("*.tmp"))
 
@@ -189,6 +193,22 @@ def test_two_runs_cannot_share_a_folder(home, tmp_path):
     carry_out(home, "pretrain", out, "--max_steps", 4)
 
 
+@pytest.mark.parametrize("module", [train, sft, dpo])
+def test_a_checkpoint_is_read_once_no_other_run_can_save_a_later_one(tmp_path, module, monkeypatch):
+    class Read(Exception):
+        pass
+
+    def read(out_dir):
+        with pytest.raises(UserError, match="another run is writing to"), train.locked(out_dir):
+            pass
+        raise Read
+
+    monkeypatch.setattr(train, "load_latest", read)
+    monkeypatch.setattr("sys.argv", ["script.py", "--resume", "--out_dir", str(tmp_path)])
+    with pytest.raises(Read):
+        module.main()
+
+
 def test_a_run_goes_on_in_the_folder_that_it_was_moved_to(home, tmp_path, monkeypatch):
     """And not where its checkpoint says it was."""
     monkeypatch.chdir(tmp_path)
@@ -208,6 +228,20 @@ def test_half_a_row_of_the_log_is_no_row(home, tmp_path):
         file.write("1")  # the beginning of 12, say
     carry_out(home, "pretrain", out, "--resume", "--max_steps", 12)
     assert [int(row["step"]) for row in rows_of(out)] == list(range(1, 13))
+
+
+def test_a_preparation_that_is_killed_leaves_no_process_behind(tmp_path):
+    """Each of them has a pipe open, which ends when the last one does."""
+    reader, writer = os.pipe()
+    rows = itertools.repeat({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
+    child = in_a_child(lambda: write_examples(tmp_path, rows, tokenize_conversation, "bytes", 32, "a test"))
+    os.close(writer)
+    while not sum(path.stat().st_size for path in tmp_path.glob("train.bin.*")):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert exit_code(child) == -signal.SIGKILL
+    assert select.select([reader], [], [], 20)[0] and os.read(reader, 1) == b""
+    os.close(reader)
 
 
 # ------------------------------------------------------------------------------------- damaged files
@@ -258,6 +292,26 @@ def test_a_full_memory_is_no_damage(home, tmp_path, monkeypatch):
     assert train.load_checkpoint(out / train.NEWEST)["step"] == 12
 
 
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_a_best_model_that_is_damaged_or_missing_is_replaced(home, tmp_path, damage):
+    """By the best of what follows, however bad that is."""
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 4)
+    damage(out / "best.pt")
+    carry_out(home, "pretrain", out, "--resume", "--max_steps", 8, "--learning_rate", 10)
+    best = train.load_checkpoint(out / "best.pt")
+    assert best["step"] == 8 and best["best_val_loss"] == float(rows_of(out)[-1]["val_loss"])
+
+
+def test_a_best_model_from_after_the_checkpoint_is_not_replaced_by_a_worse_one(home, tmp_path):
+    """Which the repeated steps may give, if a flag is another now."""
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 20, "--save_interval", 16)
+    (out / train.NEWEST).unlink()  # as if killed after validation at step 20
+    best = (out / "best.pt").read_bytes()
+    carry_out(home, "pretrain", out, "--resume", "--learning_rate", 1e-5)
+    losses = [float(rows_of(out)[-1]["val_loss"]), train.load_checkpoint(out / "best.pt")["best_val_loss"]]
+    assert losses[0] > losses[1] and (out / "best.pt").read_bytes() == best
+
+
 def test_two_damaged_checkpoints_are_an_error(home, tmp_path):
     out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 12)
     flip(out / train.NEWEST)
@@ -284,21 +338,33 @@ def test_a_flipped_bit_is_found_wherever_it_is(home, tmp_path, share):
 # ------------------------------------------------------------------------------------- no room
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(home, tmp_path, capsys):
-    """No file may grow beyond a limit, which a checkpoint does and nothing else."""
-    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 8)
-    before = (out / train.NEWEST).read_bytes()
+@contextlib.contextmanager
+def room_for(size):
+    """No file may grow beyond so many bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot save .*ckpt.pt \(File too large\)"):
-            carry_out(home, "pretrain", out, "--resume", "--max_steps", 16)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(home, tmp_path):
+    """With a limit that a checkpoint goes beyond and nothing else."""
+    out = carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 8)
+    before = (out / train.NEWEST).read_bytes()
+    with room_for(len(before) // 2), pytest.raises(UserError, match=r"cannot save .*ckpt.pt \(File too large\)"):
+        carry_out(home, "pretrain", out, "--resume", "--max_steps", 16)
     assert (out / train.NEWEST).read_bytes() == before and not list(out.glob("*.tmp"))
     carry_out(home, "pretrain", out, "--resume", "--max_steps", 16)
+
+
+def test_a_disk_that_data_fill_is_named(tmp_path):
+    with room_for(1000), pytest.raises(OSError) as caught:
+        write_dataset(tmp_path, {"train": ["text " * 1000], "val": ["text"]}, "bytes", "a test")
+    assert explain(caught.value) == f"{tmp_path / 'train.bin'}: File too large" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become somebody else")
@@ -307,10 +373,9 @@ def test_a_folder_that_may_not_be_written_to(home, tmp_path):
     messages = []
 
     def work():
-        run = new_run(home, "pretrain", tmp_path / "closed" / "run", "--max_steps", 2)
         os.setuid(65534)
         try:
-            train.carry_out(run)
+            carry_out(home, "pretrain", tmp_path / "closed" / "run", "--max_steps", 2)
         except UserError as error:
             messages.append(str(error))
         os._exit(7 if messages and messages[0].startswith("cannot write to") else 8)
@@ -347,7 +412,8 @@ def test_a_step_without_finite_numbers_changes_nothing(home, tmp_path, stage, va
     assert all(state["step"] == 5 and state["exp_avg"].isfinite().all() for state in moments)
 
 
-def test_too_many_such_steps_end_the_run(home, tmp_path, monkeypatch):
+def test_too_many_such_steps_end_the_run(home, tmp_path, monkeypatch, capsys):
+    """Resumed, it ends at the same step: those before are counted."""
     loss_of, steps = train.Pretraining.loss_of, []
 
     def bad_from_step_10_on(run, *batch):
@@ -361,6 +427,10 @@ def test_too_many_such_steps_end_the_run(home, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     newest = train.load_checkpoint(out / train.NEWEST)
     assert newest["step"] == 16 and all(tensor.isfinite().all() for tensor in newest["model"].values())
+    capsys.readouterr()
+    with pytest.raises(train.Diverged, match="10 steps in a row up to 19"):
+        carry_out(home, "pretrain", out, "--resume")
+    assert "step 17 skipped: loss or gradient not finite (8 so far)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -369,13 +439,27 @@ def test_too_many_such_steps_end_the_run(home, tmp_path, monkeypatch):
      (["--batch_size", 12, "--micro_batch_size", 4], "try --micro_batch_size 3"),
      (["--batch_size", 3, "--micro_batch_size", 1], "not even one sequence fits")],
 )  # fmt: skip
-def test_a_full_gpu_is_one_line_with_what_fits(home, tmp_path, flags, advice, monkeypatch):
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_full_gpu_is_one_line_with_what_fits(home, tmp_path, flags, advice, recording, monkeypatch):
     def full(run, *batch):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        finally:
+            if recording:  # the end of which is an error of its own
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
     monkeypatch.setattr(train.Pretraining, "loss_of", full)
     with pytest.raises(UserError, match=f"the GPU's memory is full; {advice}"):
         carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 2, *flags)
+
+
+def test_other_errors_are_not_taken_for_a_full_gpu(home, tmp_path, monkeypatch):
+    def broken(run, *batch):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(train.Pretraining, "loss_of", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        carry_out(home, "pretrain", tmp_path / "run", "--max_steps", 2)
 
 
 # ------------------------------------------------------------------------------------- long runs
@@ -400,7 +484,8 @@ def test_memory_and_speed_hold_over_20000_steps(home, tmp_path, capsys):
     run = new_run(home, "pretrain", tmp_path / "run", *flags, "--n_embd", 8, "--block_size", 8, "--batch_size", 1)
     run = Watched(run.settings)
     run.sample = lambda: ""
-    train.carry_out(run)
+    with train.locked(tmp_path / "run"):
+        train.carry_out(run)
     seconds = [after - before for (before, _), (after, _) in zip(marks, marks[1:])]
     growth = marks[-1][1] - marks[0][1]
     shutil.rmtree(tmp_path / "run")

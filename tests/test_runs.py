@@ -33,6 +33,12 @@ def plan(tmp_path):
     return make
 
 
+def make(plan, folder, log):
+    """As make_missing does, but whether or not there is a log."""
+    with train.locked(folder):
+        runs.make(plan, folder, log, "cpu")
+
+
 def test_the_runs_are_those_of_the_report():
     planned = runs.planned_runs("docs", "out/runs")
     assert len(planned) == 5 * 3 + 3 * 2 + 3 * 3 + 2
@@ -72,7 +78,7 @@ def test_a_run_without_the_methods(plan):
 @pytest.mark.parametrize("kind", [runs.Recorded, runs.WithoutMethods])
 def test_an_interrupted_run_has_the_same_log(plan, kind, tmp_path, monkeypatch):
     plan = partial(plan, kind, weight_decay=0.01)
-    runs.make(plan(), tmp_path / "whole", tmp_path / "whole.csv", "cpu")
+    make(plan(), tmp_path / "whole", tmp_path / "whole.csv")
     save = train.Run.save
 
     def save_and_stop(run, step):
@@ -81,9 +87,9 @@ def test_an_interrupted_run_has_the_same_log(plan, kind, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(train.Run, "save", save_and_stop)
-        runs.make(plan(), tmp_path / "part", tmp_path / "part.csv", "cpu")
+        make(plan(), tmp_path / "part", tmp_path / "part.csv")
     assert not (tmp_path / "part.csv").exists()
-    runs.make(plan(), tmp_path / "part", tmp_path / "part.csv", "cpu")
+    make(plan(), tmp_path / "part", tmp_path / "part.csv")
     assert (tmp_path / "part.csv").read_text() == (tmp_path / "whole.csv").read_text()
     log = figures.read_log(tmp_path, "whole")
     assert log["step"].tolist() == [1, 2, 3, 4, 5, 6]
@@ -100,26 +106,36 @@ def test_a_run_that_diverges_is_a_result_and_other_errors_are_not(plan, tmp_path
 
     monkeypatch.setattr(train.Pretraining, "loss_of", diverging)
     monkeypatch.setattr(train, "MOST_SKIPPED", 2)
-    runs.make(plan(), tmp_path / "run", tmp_path / "run.csv", "cpu")
+    make(plan(), tmp_path / "run", tmp_path / "run.csv")
     log = figures.read_log(tmp_path, "run")
     assert np.isnan(log["loss"]).tolist() == [False, False, False, True, True]
     with pytest.raises(UserError, match="no data set"):
-        runs.make(plan(dataset=f"{tmp_path}/none"), tmp_path / "run", tmp_path / "other.csv", "cpu")
+        make(plan(dataset=f"{tmp_path}/none"), tmp_path / "run", tmp_path / "other.csv")
 
 
 def test_only_missing_runs_are_made_and_nothing_is_left_of_them(plan, tmp_path, monkeypatch):
+    """And none while another process has its folder."""
     made = []
-    monkeypatch.setattr(runs, "make", lambda plan, folder, log, device: made.append((folder.name, log.name)))
+
+    def fake(plan, folder, log, device):
+        with pytest.raises(UserError, match="another run is writing to"), train.locked(folder):
+            pass
+        made.append((folder.name, log.name))
+
+    monkeypatch.setattr(runs, "make", fake)
     (tmp_path / "curves-a.csv").write_text("")
     for name in ("a", "b", "c"):
         (tmp_path / "curves" / name).mkdir(parents=True)
         for file in (train.NEWEST, train.PREVIOUS, "best.pt"):
             (tmp_path / "curves" / name / file).write_text("")
     arguments = types.SimpleNamespace(logs=tmp_path, out=tmp_path, device="cpu")
+    with train.locked(tmp_path / "curves" / "a"), pytest.raises(UserError, match="another run is writing to"):
+        runs.make_missing({"curves/a": plan()}, arguments)
+    assert (tmp_path / "curves" / "a" / "best.pt").exists()
     kept = replace(plan(), keep=True)
     runs.make_missing({"curves/a": plan(), "curves/b": plan(), "curves/c": kept}, arguments)
     assert made == [("b", "curves-b.csv"), ("c", "curves-c.csv")]
-    assert [path.name for path in (tmp_path / "curves").rglob("*")] == ["c", "best.pt"]
+    assert {path.name for path in (tmp_path / "curves").rglob("*")} == {"c", "lock", "best.pt"}
     with pytest.raises(UserError, match="x begins with the model of curves/b, which is not done"):
         runs.make_missing({"x": replace(plan(), after="curves/b")}, arguments)
 
@@ -144,7 +160,7 @@ def test_a_log_that_is_cut_off_does_not_count(plan, tmp_path, monkeypatch):
 
 def test_the_best_model_is_kept_where_it_is_wanted(plan, tmp_path):
     for keep in (False, True):
-        runs.make(replace(plan(), keep=keep), tmp_path / str(keep), tmp_path / "run.csv", "cpu")
+        make(replace(plan(), keep=keep), tmp_path / str(keep), tmp_path / "run.csv")
         assert (tmp_path / str(keep) / "best.pt").exists() == keep
 
 

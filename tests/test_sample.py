@@ -180,6 +180,9 @@ def test_the_whole_road(tmp_path):
     assert "out/dpo/best.pt, v2 after dpo" in call("sample", typed="What is the class queue.Queue?\n")
     assert "after pretrain" in call("sample", "--init_from", "out/pretrain/best.pt", "--prompt", "Return")
 
+    without_stdin = subprocess.run(f'"{sys.executable}" "{ROOT}/sample.py" <&-', shell=True, cwd=tmp_path)
+    assert without_stdin.returncode == 0
+
     def logged(stage, column):
         with open(tmp_path / "out" / stage / "log.csv", newline="") as file:
             return [float(row[column]) for row in csv.DictReader(file) if row[column]]
