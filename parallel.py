@@ -187,7 +187,8 @@ def save_parts(folder, model, optimizer):
 
 
 def restore(model, optimizer, checkpoint):
-    """Go on from a checkpoint: the optimizer's state, and if it is in parts, the weights too."""
+    """Go on from a checkpoint: the optimizer's state, and if it is in parts, the weights too. Raises some error, in all
+    processes, if it does not fit."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             step = torch.zeros((), device=p.device)
@@ -197,7 +198,10 @@ def restore(model, optimizer, checkpoint):
             return dcp.load(parts(model, optimizer), checkpoint_id=checkpoint["parts"])
     for number, state in optimizer.state_dict()["state"].items():
         for name, tensor in state.items():
-            scatter(checkpoint["optimizer"]["state"][number][name], tensor)
+            saved = checkpoint["optimizer"]["state"][number][name]
+            if saved.shape != tensor.shape:
+                raise ValueError
+            scatter(saved, tensor)
 
 
 def complete(checkpoint, out_dir):
