@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+import parallel
 import sft
 from data import run_script
 from lora import disable_lora
@@ -60,6 +61,8 @@ class Settings(sft.TuningSettings):
 PRESETS = {
     "ldiff": {},
     "tiny": dict(dataset="tiny", max_steps=150, learning_rate=5e-4, warmup_steps=20, eval_interval=50),
+    "1b": dict(micro_batch_size=4),
+    "10b": dict(micro_batch_size=1, activation_checkpointing=True),
 }
 
 
@@ -98,7 +101,7 @@ class DPO(sft.FineTuning):
 
 def main():
     given = parse_flags(Settings, __doc__, PRESETS["tiny"])
-    with locked(given.get("out_dir", Settings.out_dir)):
+    with parallel.started(), locked(given.get("out_dir", Settings.out_dir)):
         carry_out(DPO(*sft.choose_settings(given, Settings, PRESETS, DPO.stage)))
 
 

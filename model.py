@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 try:
     from flash_attn import flash_attn_func
@@ -389,6 +390,8 @@ class SwiGLU(JointProjections):
 
 
 class Block(nn.Module):
+    recompute = False  # whether to keep x alone for the backward pass, which computes the rest again
+
     def __init__(self, config, layer):
         super().__init__()
         self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
@@ -397,8 +400,17 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x, rope, cache=None):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, rope, use_reentrant=False)
+        return self.compute(x, rope, cache)
+
+    def compute(self, x, rope, cache=None):
         x = x + self.attn(self.attn_norm(x), rope, cache)
         return x + self.mlp(self.mlp_norm(x))
+
+    def lam(self, x):
+        """The factor of the second map, for attention that has one."""
+        return self.attn.lam(self.attn_norm(x))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -561,9 +573,15 @@ class GPT(nn.Module):
         means = []
         rope, x = self.rope(idx.size(1)), self.embed(idx)
         for layer in self.layers:
-            means.append(layer.attn.lam(layer.attn_norm(x)).float().mean().item())
+            means.append(layer.lam(x).float().mean().item())
             x = layer(x, rope)
         return means
+
+    def checkpoint_activations(self):
+        """Train in less memory: of a layer, only its input is kept. Returns the model."""
+        for layer in self.layers:
+            layer.recompute = True
+        return self
 
     def freeze(self):
         """Prepare for generation only: bf16 on a GPU, and weights that are used together side by side, no longer under

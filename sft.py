@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 
+import parallel
 import train
 from data import UserError, run_script
 from data.dataset import bucketed_epoch, collate, open_examples, prepared_directory, read_meta
@@ -28,7 +30,7 @@ from model import ATTENTION, GPT, Decoder, cuda_graph, token_cross_entropy
 class TuningSettings(train.CommonSettings):
     """What SFT and DPO have in common."""
 
-    preset: str = train.flag("auto", "defaults; auto: tiny for a model of bytes, else ldiff", ("auto", "tiny", "ldiff"))
+    preset: str = train.flag("auto", "defaults; auto: tiny for a model of bytes, else ldiff", train.PRESET_NAMES)
     attn: str = train.flag("", "attention mechanism; only the checkpoint's will do", choices=tuple(ATTENTION))
     source: str = train.flag("", "local JSONL file to prepare the data set from, instead of the hub")
     warmup_steps: int = train.flag(50, "steps of linear warmup, before the cosine", least=0)
@@ -51,6 +53,8 @@ class Settings(TuningSettings):
 PRESETS = {
     "ldiff": {},
     "tiny": dict(dataset="tiny", max_steps=300, learning_rate=2e-3, warmup_steps=20),
+    "1b": dict(micro_batch_size=8),
+    "10b": dict(micro_batch_size=2, learning_rate=1e-4, activation_checkpointing=True),
 }
 
 
@@ -89,6 +93,13 @@ def compile_exactly(model):
     torch._dynamo.config.specialize_float = True  # else LoRA's scale is computed anew, on the CPU
     for layer in model.layers:  # which share a program; one for a whole model of many shapes would take minutes
         layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+
+
+def bf16_copy(model, device):
+    """A model on `device` whose frozen matrices are bf16, without a second one in float32 on the way."""
+    frozen = [p for p in model.parameters() if p.ndim == 2 and not p.requires_grad]
+    cast = {id(p): nn.Parameter(p.bfloat16().to(device), requires_grad=False) for p in frozen}
+    return copy.deepcopy(model, cast).to(device)
 
 
 class Graphs:
@@ -157,19 +168,23 @@ class FineTuning(train.Run):
         torch.manual_seed(settings.seed)
         self.model = self.float32_model = self.load_model(start, lora_dropout)
         if self.device.type == "cuda":
-            self.model = copy.deepcopy(self.model).cast_frozen().to(self.device)
+            self.model = bf16_copy(self.model, self.device)
         if train.wants_compile(settings.compile, self.device):
             compile_exactly(self.model)
-            if self.device.type == "cuda":
+            # Recomputing looks at random states, which no graph can record; it is for models whose kernels take longer.
+            if self.device.type == "cuda" and not settings.activation_checkpointing:
                 self.graphs = Graphs(self.loss_of, self.model.parameters())
         self.optimizer = train.make_optimizer(self.model, weight_decay=0.0)
         if settings.resume:
             self.restore(start)
+        if parallel.RANK:
+            torch.manual_seed(settings.seed + parallel.RANK)  # other dropout than process 0's
 
     def load_data(self, tokenizer):
         s, block_size = self.settings, self.config.block_size
         self.encoding = get_tokenizer(tokenizer)
-        directory = prepared_directory(s.dataset, s.source, self.stage, tokenizer=tokenizer, block_size=block_size)
+        with parallel.in_turn():
+            directory = prepared_directory(s.dataset, s.source, self.stage, tokenizer=tokenizer, block_size=block_size)
         self.meta = read_meta(directory, tokenizer)
         self.train_examples, self.val_examples = (
             open_examples(directory, split, self.meta, self.rows_per_example, block_size) for split in ("train", "val")
@@ -195,6 +210,8 @@ class FineTuning(train.Run):
             apply_lora(model, s.lora_rank, s.lora_alpha, lora_dropout)
         except ValueError as error:
             raise UserError(error) from error
+        if s.activation_checkpointing:
+            model.checkpoint_activations()
         return train.load_weights(model, start) if s.resume else model
 
     def make_batch(self, step):
@@ -207,12 +224,12 @@ class FineTuning(train.Run):
         return self.work(numbers), self.micro_batches(self.train_examples, numbers)
 
     def micro_batches(self, examples, numbers):
-        """The examples in micro-batches; each has, beside its tensors, what a sum over it is multiplied with to make it
-        its share of the mean over all."""
+        """This process's part of the examples, in micro-batches; each has, beside its tensors, what a sum over it is
+        multiplied with to make it its share of the mean over all."""
         size = self.settings.micro_batch_size
         parts = [collate(examples, numbers[i : i + size], self.config.block_size) for i in range(0, len(numbers), size)]
         scale = torch.tensor(1 / self.denominator(parts))  # a tensor, to travel with the others
-        return [(*part, scale) for part in parts]
+        return [(*part, scale) for part in parts[parallel.RANK :: parallel.PROCESSES]]
 
     def accumulate(self, *tensors):
         return self.graphs.accumulate(*tensors) if self.graphs else super().accumulate(*tensors)
@@ -224,10 +241,11 @@ class FineTuning(train.Run):
     @torch.no_grad()
     def evaluate(self):
         self.model.eval()  # dropout off
-        total = {}
+        total = dict.fromkeys(("loss", *self.metrics), torch.zeros((), device=self.device))
         for tensors in self.val_batches:
             total = train.add_share(total, self.loss_of(*(tensor.to(self.device) for tensor in tensors)))
         self.model.train()
+        total = parallel.add_up(total, self.device)
         values = {name: value.item() for name, value in total.items()}
         line = f"    validation loss {values['loss']:.4f}"
         line += "".join(f", {name} {values[name]:.3f}" for name in self.metrics[:2])
@@ -243,6 +261,8 @@ class FineTuning(train.Run):
 
     def save_best(self, step):
         """best.pt, the model with its adapters merged in, and adapter.pt, the adapters alone."""
+        if parallel.RANK:
+            return
         self.write("adapter.pt", step, lora_state_dict(self.model))
         self.write("best.pt", step, merge_lora(copy.deepcopy(self.in_float32())).state_dict())
 
@@ -279,7 +299,7 @@ class SFT(FineTuning):
 
 def main():
     given = train.parse_flags(Settings, __doc__, PRESETS["tiny"])
-    with train.locked(given.get("out_dir", Settings.out_dir)):
+    with parallel.started(), train.locked(given.get("out_dir", Settings.out_dir)):
         train.carry_out(SFT(*choose_settings(given, Settings, PRESETS, SFT.stage)))
 
 

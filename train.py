@@ -3,15 +3,18 @@
 python train.py                              # on a GPU the full recipe, elsewhere a small model on small data
 python train.py --attn v1 --max_steps 500    # every setting is a flag
 python train.py --resume                     # go on after an interruption, as if there had been none
+torchrun --standalone --nproc_per_node=2 train.py    # on two GPUs; see parallel.py
 """
 
 import argparse
 import contextlib
 import csv
+import functools
 import itertools
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -25,6 +28,7 @@ import torch
 import torch._functorch.config
 import torch.nn as nn
 
+import parallel
 from data import Parser, UserError, run_script
 from data.dataset import (
     atomic_write,
@@ -52,13 +56,16 @@ def flag(default, help, choices=None, least=-math.inf, most=2**63 - 1):
     return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
+PRESET_NAMES = ("auto", "tiny", "ldiff", "1b", "10b")
+
+
 @dataclass
 class CommonSettings:
     """The flags that mean the same in every script."""
 
     preset: str = flag(
         "auto", "defaults: tiny, for a CPU; ldiff, 159M parameters, for a GPU; auto, by the machine",
-        choices=("auto", "tiny", "ldiff"),
+        choices=PRESET_NAMES,
     )  # fmt: skip
     attn: str = flag("v2", "attention mechanism", choices=tuple(ATTENTION))
     dataset: str = flag("wikitext2", "folder in data/, or a path with a slash")
@@ -69,7 +76,8 @@ class CommonSettings:
     seed: int = flag(1, "of weights and batches", least=0)
     max_steps: int = flag(1000, "optimizer steps", least=1)
     batch_size: int = flag(16, "sequences a step", least=1)
-    micro_batch_size: int = flag(16, "sequences in memory at once; gradients of several add up", least=1)
+    micro_batch_size: int = flag(16, "sequences a process has in memory; gradients of several add up", least=1)
+    activation_checkpointing: bool = flag(False, "keep only the layers' inputs, compute the rest again: less memory")
     learning_rate: float = flag(6e-4, "the highest, which the warmup ends with", least=0)
     warmup_steps: int = flag(200, "steps of linear warmup, before the cosine", least=0)
     eval_interval: int = flag(100, "steps between validations", least=1)
@@ -123,7 +131,8 @@ def resumed_settings(given, settings_class, stage):
     if clash := {"preset", "init_from"} & given.keys():
         raise UserError(f"--resume goes on with a run as it was begun; it does not go with --{clash.pop()}")
     out_dir = Path(given.get("out_dir", settings_class.out_dir))
-    start = load_latest(out_dir)
+    with parallel.in_turn():
+        start = load_latest(out_dir)
     if start["stage"] != stage:
         raise UserError(f"{out_dir / NEWEST} is a checkpoint of the stage {start['stage']}, not {stage}")
     saved = {f.name: start["settings"][f.name] for f in fields(settings_class) if f.name in start["settings"]}
@@ -137,15 +146,13 @@ def resumed_settings(given, settings_class, stage):
 
 
 def check_settings(settings, device):
-    settings.micro_batch_size = min(settings.micro_batch_size, settings.batch_size)
-    if settings.batch_size % settings.micro_batch_size:
-        raise UserError(
-            f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {settings.micro_batch_size}"
-        )
+    processes = parallel.PROCESSES
+    settings.micro_batch_size = min(settings.micro_batch_size, max(1, settings.batch_size // processes))
+    if settings.batch_size % (settings.micro_batch_size * processes):
+        size = f"{settings.micro_batch_size}" + (f" times {processes} processes" if processes > 1 else "")
+        raise UserError(f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {size}")
     if settings.attn_impl == "flash_attn" and device.type != "cuda":
         raise UserError(f"--attn_impl flash_attn needs a CUDA GPU, and the device is {device}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("training takes one process for now; run it without torchrun")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -158,7 +165,7 @@ FORMAT = 1  # of checkpoints: one more whenever what is in them changes
 
 def make_room(out_dir):
     """The files of an earlier run in the folder of a new one move aside rather than be lost."""
-    if earlier := [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]:
+    if earlier := [*out_dir.glob("parts-*"), *(out_dir / name for name in RUN_FILES if (out_dir / name).exists())]:
         aside = next(path for n in itertools.count(1) if not (path := out_dir / f"earlier-{n}").exists())
         aside.mkdir()
         for path in earlier:
@@ -186,12 +193,13 @@ def locked(out_dir):
 
 
 def take(lock, out_dir):
-    """Whether there is a lock now; it ends with the process, however that ends. Windows and some network drives have
-    none. Raises UserError if another run has it."""
+    """Whether there is a lock now, which of several processes the first takes; it ends with the process, however that
+    ends. Windows and some network drives have none. Raises UserError if another run has it."""
+    can_lock = bool(fcntl) and parallel.RANK == 0
     try:
-        if fcntl:
+        if can_lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return bool(fcntl)
+        return can_lock
     except BlockingIOError as error:
         raise UserError(f"another run is writing to {out_dir}; --out_dir names another folder") from error
     except OSError:
@@ -222,9 +230,12 @@ def load_checkpoint(path):
             # the memory happens to be
             if archive.testzip() or any(part.external_attr & 0x10 for part in archive.infolist()):
                 raise ValueError
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, it takes no memory of its own, even if several processes read it; Windows cannot replace such a file.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         missing = [n for n in ("model", "config", "settings", "data") if not isinstance(checkpoint.get(n), dict)]
         missing += [n for n, kind in (("step", int), ("stage", str)) if not isinstance(checkpoint.get(n), kind)]
+        if "parts" in checkpoint:
+            parallel.complete(checkpoint, Path(path).parent)
     except FileNotFoundError as error:
         raise Damaged(f"there is no checkpoint {path}") from error
     except OSError as error:
@@ -281,6 +292,9 @@ def saved_config(checkpoint, attn_impl):
 
 def load_weights(model, checkpoint):
     """Put a checkpoint's weights into a model and return it; raises UserError if they do not fit."""
+    if "parts" in checkpoint:
+        folder = checkpoint["parts"].parent
+        raise UserError(f"the checkpoint is in parts; python parallel.py {folder} makes one file of it")
     try:
         model.load_state_dict(checkpoint["model"])
     except (AttributeError, RuntimeError, TypeError) as error:  # the latter of names and tensors that are none
@@ -312,16 +326,19 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device):
-    """The GPU's bf16 peak in FLOP/s, or None if it is not in the table."""
+    """The bf16 peak of all GPUs in FLOP/s, or None if they are not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if "Laptop" in name:  # slower than the desktop GPU of the same name
         return None
-    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
+    peaks = (1e12 * peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name))
+    return next((peak * parallel.PROCESSES for peak in peaks), None)
 
 
 def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and parallel.PROCESSES > 1:
+        name = f"cuda:{parallel.LOCAL_RANK}"
     try:
         device = torch.empty(1, device=name).device
         if device.type not in ("cpu", "cuda"):
@@ -344,10 +361,20 @@ def wants_compile(mode, device):
 
 
 def compile_model(model):
-    """torch.compile, allowed to compute cheap things that feed a matrix product, like norms, again in the backward pass
-    instead of keeping them: a fifth less memory, about 1 % slower."""
+    """torch.compile of a model, or of a layer's forward(), allowed to compute cheap things that feed a matrix product,
+    like norms, again in the backward pass instead of keeping them: a fifth less memory, about 1 % slower."""
     torch._functorch.config.ban_recompute_materialized_backward = False
     return torch.compile(model)
+
+
+def place(build, device, compiles):
+    """Put the model that build() makes on its device -> the model, and what to call in training: itself, or if
+    `compiles`, compiled. Of several processes, each has a part of the model, whose layers are compiled one by one."""
+    if parallel.PROCESSES > 1:
+        model = parallel.shard(build, device, compile_model if compiles else None)
+        return model, model
+    model = build().to(device)
+    return model, compile_model(model) if compiles else model
 
 
 def make_optimizer(model, weight_decay):
@@ -418,10 +445,11 @@ class Log:
                 names, *lines = [line.rstrip("\n").split(",") for line in file] or [[]]
             rows = [dict(zip(names, values)) for values in lines if len(values) == len(names)]  # not torn by a crash
             rows = [row for row in rows if row.get("step") in kept]
-        with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        if parallel.RANK == 0:
+            with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
         for row in rows:
             self._count(row.get("skipped") == "1")
         self.started = time.perf_counter()
@@ -443,8 +471,9 @@ class Log:
         mfu = round(speed * self.flops / self.peak, 4) if self.flops and self.peak else ""
         rows = [{name: _number(name, value) for name, value in row.items()} for row in self.rows]
         measured = {f"{self.unit}_per_s": round(speed, 1), "mfu": mfu}
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerows(row | measured for row in rows)
+        if parallel.RANK == 0:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerows(row | measured for row in rows)
         self._print(rows[-1], speed, seconds_per_step)
         for row in rows:
             self._check(row)
@@ -538,7 +567,7 @@ def fit(run, log):
             measured = optimizer_step(run.optimizer, lr, run.accumulate, micro_batches)
             log.rows.append(dict(step=step, lr=lr, work=work, **measured))
             last = step == steps[-1]
-            stopping = bool(stop)  # a signal from here on waits for the next step
+            stopping = parallel.highest(stop[0] if stop else 0)  # a signal from here on waits for the next step
             validating = last or step % s.eval_interval == 0
             saving = last or stopping or step % s.save_interval == 0
             if validating:
@@ -554,19 +583,19 @@ def fit(run, log):
                     run.save(step)
             if stopping:
                 say(f"stopped after step {step}; --resume --out_dir {run.out_dir} goes on from the checkpoint")
-                sys.exit(128 + stop[0])
+                sys.exit(128 + stopping)
 
 
 def optimizer_step(optimizer, lr, accumulate, micro_batches, clip=1.0):
-    """One step on a batch that passes in micro-batches, whose shares of loss and gradient add up -> a dict of the loss,
-    what else `accumulate` measures, the gradient's norm before it is clipped, and whether the step was skipped, which
-    leaves weights and optimizer as they are, for a loss or gradient that is not finite."""
+    """One step on a batch that passes in micro-batches, whose shares of loss and gradient add up, over all processes
+    too -> a dict of the loss, what else `accumulate` measures, the gradient's norm before it is clipped, and whether
+    the step was skipped, which leaves weights and optimizer as they are, for a loss or gradient that is not finite."""
     total = {}
     for tensors in micro_batches:
         total = add_share(total, accumulate(*tensors))
-    total["grad_norm"] = nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], clip
-    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    total = parallel.add_up(total, parameters[0].device, parameters)
+    total["grad_norm"] = parallel.whole(nn.utils.clip_grad_norm_(parameters, clip))
     total["skipped"] = ~torch.isfinite(total["loss"] + total["grad_norm"])
     optimizer.found_inf = total[
         "skipped"
@@ -629,12 +658,15 @@ class Run:
             raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
         try:
             self.done, self.best_val_loss = checkpoint["step"], best_val_loss(self.out_dir)
-            load_moments(self.optimizer, checkpoint["optimizer"])
+            self.restore_state(checkpoint)
             set_rng_state(checkpoint["rng"])
             if self.done < 1:
                 raise ValueError
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.out_dir / NEWEST} is no checkpoint to resume from") from error
+
+    def restore_state(self, checkpoint):
+        load_moments(self.optimizer, checkpoint["optimizer"])
 
     def validate(self, step):
         """What evaluate() says; the model with the lowest loss so far is kept."""
@@ -656,9 +688,11 @@ class Run:
 
     def save_best(self, step):
         """best.pt, the model for the next stage."""
-        self.write("best.pt", step, self.weights())
+        self.write("best.pt", step, parallel.gather(self.weights()))
 
     def write(self, name, step, weights, **more):
+        if parallel.RANK:
+            return
         save_checkpoint(
             self.out_dir / name, model=weights, config=asdict(self.model.config), settings=asdict(self.settings),
             data=self.meta, stage=self.stage, step=step, best_val_loss=self.best_val_loss, **more,
@@ -671,7 +705,7 @@ def carry_out(run):
     if run.done >= run.settings.max_steps:
         print(f"the run in {run.out_dir} has {run.done} steps already; a higher --max_steps adds to it")
         return
-    if not run.settings.resume:
+    if not run.settings.resume and parallel.RANK == 0:
         make_room(run.out_dir)
     log, started = Log(run), time.perf_counter()
     try:
@@ -693,7 +727,7 @@ def is_out_of_memory(error):
 
 def smaller(settings):
     """What to try when a micro-batch does not fit."""
-    sizes = [n for n in range(1, settings.micro_batch_size) if settings.batch_size % n == 0]
+    sizes = [n for n in range(1, settings.micro_batch_size) if settings.batch_size % (n * parallel.PROCESSES) == 0]
     return f"try --micro_batch_size {sizes[-1]}" if sizes else "not even one sequence fits: try a smaller model"
 
 
@@ -705,6 +739,8 @@ def describe(run):
     print(f"data: {meta['source']} ({counts} {run.counted}, {meta['tokenizer']} tokenizer)")
     is_gpu = run.device.type == "cuda"
     machine = torch.cuda.get_device_name(run.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
+    if parallel.PROCESSES > 1:
+        machine = f"{parallel.PROCESSES} x {machine}"
     total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     size = f"{si(total)} parameters" + (f", {si(trained)} of them trained" if trained < total else "")
     if flops := run.flops_per_unit():
@@ -752,6 +788,14 @@ PRESETS = {
         dataset="tiny", block_size=256, n_layer=4, n_embd=192, max_steps=800, batch_size=4,
         micro_batch_size=4, learning_rate=3e-3, warmup_steps=50,
     ),
+    "1b": dict(
+        dataset="fineweb_edu", n_layer=20, n_embd=2048, max_steps=20000, batch_size=512, micro_batch_size=8,
+        learning_rate=4e-4, warmup_steps=1000, eval_interval=500, save_interval=1000,
+    ),
+    "10b": dict(
+        dataset="fineweb_edu", n_layer=44, n_embd=4096, max_steps=100000, batch_size=1024, micro_batch_size=8,
+        learning_rate=3e-4, warmup_steps=2000, eval_interval=500, save_interval=500, activation_checkpointing=True,
+    ),
 }  # fmt: skip
 
 # What depends on the attention. Equal parameters: V2's second half of the queries is paid for with a narrower SwiGLU.
@@ -762,6 +806,12 @@ SHAPES = {
     ("tiny", "vanilla"): dict(n_head=3, head_dim=64, n_inner=512),
     ("tiny", "v1"): dict(n_head=12, head_dim=16, n_inner=512),
     ("tiny", "v2"): dict(n_head=3, head_dim=64, n_inner=448),
+    ("1b", "vanilla"): dict(n_head=16, n_kv_head=4, head_dim=128, n_inner=5632),
+    ("1b", "v1"): dict(n_head=32, n_kv_head=8, head_dim=64, n_inner=5632),
+    ("1b", "v2"): dict(n_head=16, n_kv_head=4, head_dim=128, n_inner=4928),
+    ("10b", "vanilla"): dict(n_head=32, n_kv_head=8, head_dim=128, n_inner=14336),
+    ("10b", "v1"): dict(n_head=64, n_kv_head=16, head_dim=64, n_inner=14336),
+    ("10b", "v2"): dict(n_head=32, n_kv_head=8, head_dim=128, n_inner=12928),
 }
 
 
@@ -812,7 +862,9 @@ def validation_loss(model, batches, device):
         tokens = (targets != -100).sum().item()
         with autocast(device):
             _, loss = model(inputs.to(device), targets.to(device))
-        total, count = total + loss.float() * tokens, count + tokens
+        if tokens:  # else a process has nothing but filling, whose loss is no number
+            total, count = total + loss.float() * tokens, count + tokens
+    total, count = parallel.add_up(dict(total=total, count=count), device).values()
     return (total / count).item()
 
 
@@ -823,18 +875,18 @@ class Pretraining(Run):
 
     def __init__(self, settings, start=None):
         super().__init__(settings)
+        self.last_parts = start.get("parts") if start else None
         self.load_data()
         if start and start["data"].get("tokenizer") != settings.tokenizer:
             raise UserError(
                 f"the checkpoint's tokenizer is {start['data'].get('tokenizer')}, the data's {settings.tokenizer}"
             )
         torch.manual_seed(settings.seed)
-        self.model = GPT(self.config())
-        if start:
-            check_shape(start, self.model.config)
-            load_weights(self.model, start)
-        self.model.to(self.device)
-        self.compiled = compile_model(self.model) if wants_compile(settings.compile, self.device) else self.model
+        build = functools.partial(self.build_model, start)
+        self.model, self.compiled = place(build, self.device, wants_compile(settings.compile, self.device))
+        if parallel.PROCESSES > 1 and not settings.activation_checkpointing:  # which says that memory is short
+            micro_batches = settings.batch_size // (settings.micro_batch_size * parallel.PROCESSES)
+            parallel.reduce_once(self.model, micro_batches)
         self.optimizer = self.make_optimizer()
         if settings.resume:
             self.restore(start)
@@ -842,26 +894,38 @@ class Pretraining(Run):
     def config(self):
         return build_config(self.settings, self.encoding.n_vocab)
 
+    def build_model(self, start):
+        model = GPT(self.config())
+        if start:
+            check_shape(start, model.config)
+        if start and not (self.settings.resume and "parts" in start):  # those restore() reads
+            load_weights(model, start)
+        return model.checkpoint_activations() if self.settings.activation_checkpointing else model
+
     def make_optimizer(self):
         return make_optimizer(self.model, self.settings.weight_decay)
 
     def load_data(self):
         s = self.settings
         new = "bytes" if s.preset == "tiny" else "gpt2"
-        directory = prepared_directory(s.dataset, s.source, tokenizer=s.tokenizer or new)
+        with parallel.in_turn():
+            directory = prepared_directory(s.dataset, s.source, tokenizer=s.tokenizer or new)
         self.meta = read_meta(directory, s.tokenizer)
         s.tokenizer = self.meta["tokenizer"]
         self.encoding = get_tokenizer(s.tokenizer)
         self.train_tokens = open_tokens(directory, "train", self.meta, s.block_size)
         val_tokens = open_tokens(directory, "val", self.meta, s.block_size)
-        self.val_batches = list(fixed_batches(val_tokens, s.block_size, s.micro_batch_size, s.eval_windows))
+        rows = slice(parallel.RANK, None, parallel.PROCESSES)  # this process's
+        batches = fixed_batches(val_tokens, s.block_size, s.micro_batch_size * parallel.PROCESSES, s.eval_windows)
+        self.val_batches = [(inputs[rows], targets[rows]) for inputs, targets in batches]
 
     def flops_per_unit(self):
         return self.model.flops_per_token()
 
     def make_batch(self, step):
         s = self.settings
-        batch = sample_batch(self.train_tokens, s.block_size, s.batch_size, s.seed, step)
+        who = parallel.RANK, parallel.PROCESSES
+        batch = sample_batch(self.train_tokens, s.block_size, s.batch_size, s.seed, step, *who)
         micro_batches = list(zip(*(tensor.split(s.micro_batch_size) for tensor in batch)))
         return s.batch_size * s.block_size, micro_batches
 
@@ -879,8 +943,28 @@ class Pretraining(Run):
             line += "; lambda by layer " + " ".join(f"{value:.2f}" for value in lambdas)
         return {"val_loss": loss}, line
 
+    def restore_state(self, checkpoint):
+        if parallel.PROCESSES == 1:
+            return super().restore_state(checkpoint)
+        parallel.restore(self.model, self.optimizer, checkpoint)
+
+    def save(self, step):
+        """See Run. Several processes each write their parts of the tensors; two checkpoints' are kept."""
+        if parallel.PROCESSES == 1:
+            return super().save(step)
+        folder, optimizer = self.out_dir / f"parts-{step}", self.optimizer.state_dict() | {"state": {}}
+        parallel.save_parts(folder, self.model, self.optimizer)
+        state = dict(parts=folder.name, optimizer=optimizer, rng=rng_state(), previous=self.out_dir / PREVIOUS)
+        self.write(NEWEST, step, {}, **state)
+        if parallel.RANK == 0:
+            for old in {*self.out_dir.glob("parts-*")} - {folder, self.last_parts}:
+                shutil.rmtree(old)
+        self.last_parts = folder
+
     def sample(self, max_new_tokens=256):
         """Some text, begun from nothing."""
+        if parallel.PROCESSES > 1:
+            return f"python sample.py --init_from {self.out_dir / 'best.pt'} writes some"
         encoding = self.encoding
         start = torch.tensor([[encoding.encode_single_token(END_OF_TEXT)]], device=self.device)
         with autocast(self.device):
@@ -891,7 +975,7 @@ class Pretraining(Run):
 def main():
     tiny = {**PRESETS["tiny"], **SHAPES["tiny", Settings.attn]}
     given = parse_flags(Settings, __doc__, tiny)
-    with locked(given.get("out_dir", Settings.out_dir)):
+    with parallel.started(), locked(given.get("out_dir", Settings.out_dir)):
         carry_out(Pretraining(*choose_settings(given)))
 
 

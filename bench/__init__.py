@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import model
+import parallel
 import train
 from data import Parser, UserError
 from data.dataset import prefetch
@@ -49,14 +50,15 @@ def parse_arguments(name, description, **flags):
 
 
 def batch_size(tokens, length):
-    if tokens % length:
-        raise UserError(f"--tokens {tokens} is not a multiple of --length {length}")
+    if tokens % (length * parallel.PROCESSES):
+        times = f" times {parallel.PROCESSES} processes" * (parallel.PROCESSES > 1)
+        raise UserError(f"--tokens {tokens} is not a multiple of --length {length}{times}")
     return tokens // length
 
 
-def model_config(attn, block_size, smoke):
-    """The shape of the 159M model, or of the tiny one."""
-    preset = "tiny" if smoke else "ldiff"
+def model_config(attn, block_size, smoke, preset="ldiff"):
+    """The shape of a preset's model, or to try things of the tiny one."""
+    preset = "tiny" if smoke else preset
     shape = {**train.PRESETS[preset], **train.shape_of(preset, attn), "attn": attn, "block_size": block_size}
     return train.build_config(train.Settings(**shape), vocab_size=257 if smoke else 50257)
 
@@ -65,13 +67,14 @@ def chunked_loss(model, inputs, targets):
     return model(inputs, targets)[1]
 
 
-def training_step(config, tokens, device, compile, loss=chunked_loss):
+def training_step(config, tokens, device, compile, loss=chunked_loss, recompute=False):
     """A function that takes a training step of a new model on the same random tokens, and the model."""
     torch.manual_seed(1)
-    model = GPT(config).to(device)
-    compiled = train.compile_model(model) if train.wants_compile(compile, device) else model
+    build = (lambda: GPT(config).checkpoint_activations()) if recompute else (lambda: GPT(config))
+    model, compiled = train.place(build, device, train.wants_compile(compile, device))
     optimizer = train.make_optimizer(model, weight_decay=0.1)
-    ids = torch.randint(256, (batch_size(tokens, config.block_size), config.block_size + 1), device=device)
+    rows = batch_size(tokens, config.block_size) // parallel.PROCESSES
+    ids = torch.randint(256, (rows, config.block_size + 1), device=device)
     batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
 
     def loss_of(inputs, targets):
@@ -148,6 +151,7 @@ def environment(device):
     return {
         "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "machine": gpu or f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
+        "processes": parallel.PROCESSES,
         "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         "triton": model.kernels and model.kernels.triton.__version__, "flash_attn": model.flash_attn_func is not None,
     }  # fmt: skip
@@ -168,12 +172,15 @@ class Table:
         try:
             row = labels | measure(*arguments)
         except torch.OutOfMemoryError:
+            if parallel.PROCESSES > 1:  # the others would wait for this one
+                raise
             row = labels | {"note": "out of memory"}
         if not self.rows:
             print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
         print("| " + " | ".join(map(_short, row.values())) + " |", flush=True)
         self.rows.append(row)
-        self.path.write_text(json.dumps(self.about | {"rows": self.rows}, indent=1) + "\n")
+        if parallel.RANK == 0:
+            self.path.write_text(json.dumps(self.about | {"rows": self.rows}, indent=1) + "\n")
 
 
 def _short(value):

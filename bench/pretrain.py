@@ -1,10 +1,11 @@
-"""Speed and memory of a training step of the 159M model: forward, backward, clipping, AdamW.
+"""Speed and memory of a training step: forward, backward, clipping, AdamW.
 
 python -m bench.pretrain                                  # the three attentions at 2048, 8192 and 32768 tokens
 python -m bench.pretrain --attn v2 --length 2048 --profile 30
 python -m bench.pretrain --attn v2 --length 2048 --loop   # what loading, logging and validation add
+torchrun --standalone --nproc_per_node=2 -m bench.pretrain --preset 10b --attn v2 --length 2048 --tokens 32768
 
-All tokens of a step are in memory at once.
+All tokens of a step are in memory at once, with several processes in equal parts.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import parallel
 import train
 from bench import (
     SMOKE,
@@ -38,6 +40,7 @@ from data.dataset import write_dataset
 from model import ATTENTION, ATTENTION_IMPLS
 
 FLAGS = dict(
+    preset=dict(default="ldiff", choices=("ldiff", "1b", "10b"), help="model: 159 million, 1 or 10 billion parameters"),
     attn=dict(nargs="+", default=list(ATTENTION), choices=list(ATTENTION), help="kinds of attention"),
     length=dict(nargs="+", type=count, default=[2048, 8192, 32768], help="context lengths"),
     tokens=dict(type=count, default=65536, help="tokens a step; the batch is tokens / length"),
@@ -50,8 +53,10 @@ FLAGS = dict(
 
 def measure(attn, length, arguments, device):
     fresh_memory(device)
-    config = dataclasses.replace(model_config(attn, length, arguments.smoke), attn_impl=arguments.attn_impl)
-    step, model = training_step(config, arguments.tokens, device, arguments.compile)
+    config = model_config(attn, length, arguments.smoke, arguments.preset)
+    config = dataclasses.replace(config, attn_impl=arguments.attn_impl)
+    recompute = train.PRESETS[arguments.preset].get("activation_checkpointing", False)
+    step, model = training_step(config, arguments.tokens, device, arguments.compile, recompute=recompute)
     ms = median_ms(step, device, **(SMOKE if arguments.smoke else {}))
     speed, peak = 1000 * arguments.tokens / ms, train.peak_flops(device)
     mfu = speed * model.flops_per_token() / peak if peak else None
@@ -78,14 +83,14 @@ class RandomPretraining(train.Pretraining):
 
     def load_data(self):
         super().load_data()
-        if self.settings.preset == "ldiff":
+        if self.settings.preset != "tiny":
             self.encoding = SimpleNamespace(n_vocab=50257)
 
 
 def measure_loop(attn, length, arguments, device):
     """Milliseconds a step of train.py's loop, without and with its log, and the share of time that validation adds."""
     fresh_memory(device)
-    preset, B = "tiny" if arguments.smoke else "ldiff", batch_size(arguments.tokens, length)
+    preset, B = "tiny" if arguments.smoke else arguments.preset, batch_size(arguments.tokens, length)
     text = "".join(map(chr, np.random.default_rng(1).integers(97, 123, size=70 * length)))
     with tempfile.TemporaryDirectory() as folder, quiet():
         write_dataset(Path(folder) / "random", {"train": [text], "val": [text]}, "bytes", "random")
@@ -109,10 +114,11 @@ def main():
         raise UserError("--profile lists the kernels of a GPU, and the device is a CPU")
     if arguments.smoke:
         arguments.tokens, arguments.length, arguments.loop = 256, [64], True
-    table = Table("pretrain", arguments, device)
-    for length, attn in itertools.product(arguments.length, arguments.attn):
-        labels = dict(attn=attn, T=length, B=batch_size(arguments.tokens, length))
-        table.add(labels, measure, attn, length, arguments, device)
+    with parallel.started():
+        table = Table("pretrain", arguments, device)
+        for length, attn in itertools.product(arguments.length, arguments.attn):
+            labels = dict(attn=attn, T=length, B=batch_size(arguments.tokens, length))
+            table.add(labels, measure, attn, length, arguments, device)
 
 
 if __name__ == "__main__":

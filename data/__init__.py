@@ -1,7 +1,9 @@
 """Tokenizers, data formats, and one folder per data set with its prepare.py."""
 
 import argparse
+import os
 import sys
+import time
 
 
 class UserError(Exception):
@@ -13,6 +15,15 @@ def one_line(message):
     return " ".join(str(message).splitlines())
 
 
+def fail(message):
+    """Leave with one line on stderr and exit code 2. Of several processes that torchrun started, the first goes before:
+    then torchrun ends the others, which most likely failed alike."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(5)
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with a module's docstring for --help, no abbreviated flags, and errors in one line."""
 
@@ -21,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **options)
 
     def error(self, message):
-        self.exit(2, f"error: {one_line(message)}; --help lists the flags\n")
+        fail(f"{message}; --help lists the flags")
 
 
 # What torch and numpy say of more than the memory holds, where they do not raise a MemoryError.
@@ -49,5 +60,4 @@ def run_script(main):
     except Exception as error:
         if not (message := explain(error)):
             raise
-        print(f"error: {one_line(message)}", file=sys.stderr)
-        sys.exit(2)
+        fail(message)

@@ -243,7 +243,6 @@ RUNS = [
      "train --resume --max_steps 9", "is no checkpoint to resume from: its learning_rate cannot be used"),
     ("resume with an unknown preset", checkpoint("out/pretrain/ckpt.pt", "settings", preset="huge"),
      "train --resume --max_steps 9", "is no checkpoint to resume from: its preset cannot be used"),
-    ("too much for torchrun", lambda: os.environ.update(WORLD_SIZE="2"), "train", "run it without torchrun"),
 ]  # fmt: skip
 
 CHECKPOINTS = [
@@ -472,7 +471,6 @@ def home(tmp_path_factory):
 def test_wrong_input(home, tmp_path, monkeypatch, capsys, setup, command, message):
     folder = shutil.copytree(home, tmp_path / "home")
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr("sys.argv", [])
     monkeypatch.setattr("sys.stdin", io.StringIO())
     kept = setup and setup()

@@ -497,12 +497,6 @@ def test_checkpoints_that_cannot_be_resumed(run, dataset, tmp_path):
     assert torch.load(out / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
-def test_torchrun_is_refused(run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process for now"):
-        run()
-
-
 def test_a_mistake_is_one_line_and_exit_code_2():
     for command in (
         "train.py --init_from nosuch.pt",
