@@ -12,6 +12,8 @@ of processes can read.
 import contextlib
 import itertools
 import os
+import pickle
+import re
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -171,6 +173,35 @@ def parts(model, optimizer):
     return named
 
 
+class Description(pickle.Unpickler):
+    """Reads the .metadata of a folder of parts, but unlike DCP makes nothing of it that DCP does not write there."""
+
+    known = {
+        "torch": "Size float32 bfloat16", "torch.serialization": "_get_layout",
+        "torch.distributed.checkpoint.metadata":
+            "Metadata TensorStorageMetadata TensorProperties ChunkStorageMetadata MetadataIndex StorageMeta "
+            "_MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        "pathlib": "PosixPath WindowsPath", "pathlib._local": "PosixPath WindowsPath",
+    }  # fmt: skip
+
+    def find_class(self, module, name):
+        if name not in self.known.get(module, "").split():
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+        return super().find_class(module, name)
+
+
+def describe(folder):
+    """What DCP says of a folder of parts; any error if it is missing, damaged or not of DCP's own making."""
+    if not (folder / ".metadata").exists():  # which is written last
+        raise ValueError("it is not complete")
+    with open(folder / ".metadata", "rb") as file:
+        about = Description(file).load()
+    if not all(re.fullmatch(r"__\d+_\d+\.distcp", part.relative_path) for part in about.storage_data.values()):
+        raise ValueError("it names other files")
+    return about
+
+
 @contextlib.contextmanager
 def one_line():
     """Turn what DCP says of a failure, with the traces of all processes, into its first cause."""
@@ -207,11 +238,9 @@ def restore(model, optimizer, checkpoint):
 def complete(checkpoint, out_dir):
     """Say where the parts of a checkpoint are, and for one process read them as a whole; any error if they are not."""
     checkpoint["parts"] = folder = out_dir / checkpoint["parts"]
-    if not (folder / ".metadata").exists():  # which is written last
-        raise UserError(f"{folder} is missing or not complete")
+    about = describe(folder).state_dict_metadata
     if PROCESSES > 1:
         return
-    about = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     named = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in about.items()}
     with one_line(), warnings.catch_warnings(action="ignore"):  # that there is one process
         dcp.load(named, checkpoint_id=checkpoint.pop("parts"))

@@ -242,7 +242,7 @@ def test_rows_become_pairs_or_are_skipped(encoding, row, block_size):
 class InThisProcess:
     """A pool that starts no processes, which would take longer than the work."""
 
-    def __init__(self, **options):
+    def __init__(self, *arguments, **options):
         pass
 
     def __enter__(self):

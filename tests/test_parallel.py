@@ -3,6 +3,7 @@
 import copy
 import csv
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -188,6 +189,31 @@ def test_damaged_parts_give_way_to_those_before(runs, tmp_path, capsys):
     shutil.rmtree(tmp_path / "run" / "parts-6")
     with pytest.raises(UserError, match="is damaged"):
         train.load_latest(tmp_path / "run")
+
+
+class Attack:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_parts_are_described_without_running_code(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "whole-2", folder)
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    description = folder / checkpoint["parts"] / ".metadata"
+    about = parallel.describe(description.parent)
+    description.write_bytes(pickle.dumps(Attack(tmp_path / "harm")))
+    with pytest.raises(UserError, match="is damaged"):
+        train.load_checkpoint(folder / "ckpt.pt")
+    assert not (tmp_path / "harm").exists()
+    for part in about.storage_data.values():
+        part.relative_path = "../../secret"
+    description.write_bytes(pickle.dumps(about))
+    with pytest.raises(UserError, match="is damaged"):
+        train.load_checkpoint(folder / "ckpt.pt")
 
 
 def test_a_checkpoint_in_parts_that_cannot_be_written_is_a_users_error():
