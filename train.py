@@ -173,6 +173,10 @@ def make_room(out_dir):
         print(f"the run that {out_dir} held is now in {aside} (--resume would have continued it)")
 
 
+class Busy(UserError):
+    """A folder that another run is writing to."""
+
+
 @contextlib.contextmanager
 def locked(out_dir):
     """Make the folder of a run and keep other runs out of it, from before its checkpoint is read, which would else be
@@ -194,14 +198,14 @@ def locked(out_dir):
 
 def take(lock, out_dir):
     """Whether there is a lock now, which of several processes the first takes; it ends with the process, however that
-    ends. Windows and some network drives have none. Raises UserError if another run has it."""
+    ends. Windows and some network drives have none. Raises Busy if another run has it."""
     can_lock = bool(fcntl) and parallel.RANK == 0
     try:
         if can_lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return can_lock
     except BlockingIOError as error:
-        raise UserError(f"another run is writing to {out_dir}; --out_dir names another folder") from error
+        raise Busy(f"another run is writing to {out_dir}; --out_dir names another folder") from error
     except OSError:
         return False
 

@@ -1,10 +1,11 @@
 """The training runs that bench.figures draws: made here once, after which their logs are enough.
 
 python -m bench.runs                          # all whose log is not in docs/runs yet
-python -m bench.runs 'curves/*-1' 'rates/*'   # some, by name or pattern; several GPUs can take different ones
+python -m bench.runs 'curves/*-1' 'rates/*'   # some, by name or pattern
 python -m bench.runs --list                   # their names
 
-An interrupted run goes on from its checkpoint in out/runs. The larger corpus is a data set of one's own (README). The
+An interrupted run goes on from its checkpoint in out/runs. Several processes, on one GPU or each on its own
+(CUDA_VISIBLE_DEVICES), share the work out among them. The larger corpus is a data set of one's own (README). The
 tuning runs begin with the models of others, which have to be finished.
 """
 
@@ -118,13 +119,13 @@ def planned_runs(corpus, out):
         for attn in ATTENTION:
             runs[f"curves/{attn}-{seed}"] = pretraining(attn, seed=seed, **SHORT)
     for seed, attn in itertools.product((1, 2), ATTENTION):
-        keep = (attn, seed) == ("v2", 1)  # SFT begins with it
+        keep = (attn, seed) == ("v2", 2)  # SFT begins with it
         runs[f"corpus/{attn}-{seed}"] = pretraining(attn, keep=keep, texts=64, seed=seed, dataset=corpus, **LONG)
     for attn, rate in itertools.product(ATTENTION, LEARNING_RATES):
         runs[f"rates/{attn}-{rate:g}"] = pretraining(attn, learning_rate=rate, dataset=corpus, **SHORT)
     tuning = dict(preset="ldiff", attn="v2", save_interval=1000)
     for stage, kind, settings, after in (
-        ("sft", sft.SFT, sft.Settings, "corpus/v2-1"), ("dpo", dpo.DPO, dpo.Settings, "tuning/sft"),
+        ("sft", sft.SFT, sft.Settings, "corpus/v2-2"), ("dpo", dpo.DPO, dpo.Settings, "tuning/sft"),
     ):  # fmt: skip
         begin = settings(**tuning, init_from=f"{out}/{after}/best.pt")
         runs[f"tuning/{stage}"] = Planned(kind, begin, after=after, keep=stage == "sft")
@@ -213,21 +214,28 @@ def log_path(logs, name):
 
 
 def make_missing(runs, arguments):
-    """Make those of the runs whose log is not in the folder --logs; raises UserError if the run that one begins with is
-    not done."""
+    """Make those of the runs whose log is not in the folder --logs, and which no other process is making."""
     device = train.choose_device(arguments.device)
     for name, plan in runs.items():
         log, folder = log_path(arguments.logs, name), Path(arguments.out) / name
         if log.exists() and not folder.exists():
             continue
-        with train.locked(folder):  # another process may be making this one, or have just done so
-            if not log.exists():
-                if plan.after and not log_path(arguments.logs, plan.after).exists():
-                    raise UserError(f"{name} begins with the model of {plan.after}, which is not done")
-                print(f"\n{name}:")
-                fresh_memory(device)
-                make(plan, folder, log, arguments.device)
-            clean_up(plan, folder)
+        try:
+            with train.locked(folder):
+                if not log.exists():
+                    make_in_turn(name, plan, folder, log, arguments, device)
+                clean_up(plan, folder)
+        except train.Busy:
+            print(f"\n{name}: another process is at it")
+
+
+def make_in_turn(name, plan, folder, log, arguments, device):
+    """Make a run; raises UserError if the one that it begins with is not done."""
+    if plan.after and not log_path(arguments.logs, plan.after).exists():
+        raise UserError(f"{name} begins with the model of {plan.after}, which is not done")
+    print(f"\n{name}:")
+    fresh_memory(device)
+    make(plan, folder, log, arguments.device)
 
 
 def add_flags(parser):
@@ -239,14 +247,14 @@ def add_flags(parser):
 
 
 def parse(parser):
-    """The arguments, and the runs that they are about; in a smoke test, those of the first seed."""
+    """The arguments, and the runs that they are about; in a smoke test, those of the first seed and what they need."""
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.out, arguments.logs = f"{arguments.out}/smoke", f"{arguments.out}/smoke/logs"
         shutil.rmtree(arguments.out, ignore_errors=True)
     runs = planned_runs(arguments.corpus, arguments.out)
     if arguments.smoke:
-        runs = {name: shrunk(plan) for name, plan in runs.items() if not name.endswith(("-2", "-3"))}
+        runs = {name: shrunk(plan) for name, plan in runs.items() if plan.keep or not name.endswith(("-2", "-3"))}
     return arguments, runs
 
 

@@ -54,7 +54,7 @@ def test_the_runs_are_those_of_the_report():
     naive = {name for name, plan in planned.items() if plan.settings.attn_impl == "naive"}
     assert naive == {f"curves/vanilla-bare-{seed}" for seed in (1, 2, 3)}
     assert planned["tuning/sft"].settings.max_steps == 1000 and planned["tuning/dpo"].settings.max_steps == 625
-    for stage, before in (("sft", "corpus/v2-1"), ("dpo", "tuning/sft")):
+    for stage, before in (("sft", "corpus/v2-2"), ("dpo", "tuning/sft")):
         plan = planned[f"tuning/{stage}"]
         assert plan.after == before and planned[before].keep
         assert plan.settings.init_from == f"out/runs/{before}/best.pt"
@@ -129,7 +129,7 @@ def test_only_missing_runs_are_made_and_nothing_is_left_of_them(plan, tmp_path, 
         for file in (train.NEWEST, train.PREVIOUS, "best.pt"):
             (tmp_path / "curves" / name / file).write_text("")
     arguments = types.SimpleNamespace(logs=tmp_path, out=tmp_path, device="cpu")
-    with train.locked(tmp_path / "curves" / "a"), pytest.raises(UserError, match="another run is writing to"):
+    with train.locked(tmp_path / "curves" / "a"):
         runs.make_missing({"curves/a": plan()}, arguments)
     assert (tmp_path / "curves" / "a" / "best.pt").exists()
     kept = replace(plan(), keep=True)
