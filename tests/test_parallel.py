@@ -212,8 +212,8 @@ def test_parts_are_described_without_running_code(runs, tmp_path):
     for part in about.storage_data.values():
         part.relative_path = "../../secret"
     description.write_bytes(pickle.dumps(about))
-    with pytest.raises(UserError, match="is damaged"):
-        train.load_checkpoint(folder / "ckpt.pt")
+    with pytest.raises(ValueError, match="it names other files"):
+        parallel.describe(description.parent)
 
 
 def test_a_checkpoint_in_parts_that_cannot_be_written_is_a_users_error():
