@@ -28,10 +28,10 @@ if dist.is_available():
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-# What torchrun tells each process.
-RANK, LOCAL_RANK, PROCESSES = (
-    int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-)
+# What torchrun tells each process; clusters set the same names for other programs.
+RANK, LOCAL_RANK, PROCESSES = 0, 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, LOCAL_RANK, PROCESSES = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 @contextlib.contextmanager
@@ -99,7 +99,7 @@ def shard(build, device, compile=None):
     each layer's forward().
     """
     whole = dict(tensors_of(build())) if RANK == 0 else {}
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # that weights loaded there have no effect
         model = build()
     mesh = dist.init_device_mesh(device.type, (PROCESSES,))
     dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
@@ -144,6 +144,8 @@ def reduce_once(model, micro_batches):
             is_last = next(done) % micro_batches == 0
             model.set_requires_gradient_sync(is_last)
             model.set_reshard_after_backward(is_last)
+            for layer in model.layers:
+                layer.set_reshard_after_forward(is_last, recurse=False)
 
     model.register_forward_pre_hook(before_forward)
 
@@ -199,6 +201,10 @@ def describe(folder):
         about = Description(file).load()
     if not all(re.fullmatch(r"__\d+_\d+\.distcp", part.relative_path) for part in about.storage_data.values()):
         raise ValueError("it names other files")
+    for part in about.storage_data.values():
+        path = folder / part.relative_path
+        if not path.exists() or path.stat().st_size < part.offset + part.length:
+            raise ValueError(f"{path.name} is not complete")
     return about
 
 
@@ -209,7 +215,8 @@ def one_line():
         yield
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
-        raise UserError(f"a checkpoint in parts failed: {cause}") from error
+        reason = cause if isinstance(cause, OSError) else type(cause).__name__
+        raise UserError(f"a checkpoint in parts failed: {reason}") from error
 
 
 def save_parts(folder, model, optimizer):

@@ -178,7 +178,8 @@ class FineTuning(train.Run):
         if settings.resume:
             self.restore(start)
         if parallel.RANK:
-            torch.manual_seed(settings.seed + parallel.RANK)  # other dropout than process 0's
+            self.float32_model = None  # process 0 alone saves
+            torch.manual_seed(settings.seed + 1000 * self.done + parallel.RANK)  # other dropout than process 0's
 
     def load_data(self, tokenizer):
         s, block_size = self.settings, self.config.block_size

@@ -179,8 +179,8 @@ class Busy(UserError):
 
 @contextlib.contextmanager
 def locked(out_dir):
-    """Make the folder of a run and keep other runs out of it, from before its checkpoint is read, which would else be
-    an old one by the time that it is gone on from; what a killed run left half written is removed."""
+    """Make the folder of a run and keep other runs out of it, from before its checkpoint is read, since another run
+    could save a newer one after that; what a killed run left half written is removed."""
     out_dir = Path(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -601,9 +601,8 @@ def optimizer_step(optimizer, lr, accumulate, micro_batches, clip=1.0):
     total = parallel.add_up(total, parameters[0].device, parameters)
     total["grad_norm"] = parallel.whole(nn.utils.clip_grad_norm_(parameters, clip))
     total["skipped"] = ~torch.isfinite(total["loss"] + total["grad_norm"])
-    optimizer.found_inf = total[
-        "skipped"
-    ].float()  # fused AdamW does nothing where it is 1; an `if` would wait for the GPU
+    # Fused AdamW does nothing where it is 1; an `if` would wait for the GPU.
+    optimizer.found_inf = total["skipped"].float()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -687,6 +686,8 @@ class Run:
 
     def save(self, step):
         """ckpt.pt, the checkpoint to resume from; the one before is kept."""
+        if parallel.RANK:
+            return
         state = dict(optimizer=self.optimizer.state_dict(), rng=rng_state(), previous=self.out_dir / PREVIOUS)
         self.write(NEWEST, step, self.weights(), **state)
 
@@ -888,7 +889,8 @@ class Pretraining(Run):
         torch.manual_seed(settings.seed)
         build = functools.partial(self.build_model, start)
         self.model, self.compiled = place(build, self.device, wants_compile(settings.compile, self.device))
-        if parallel.PROCESSES > 1 and not settings.activation_checkpointing:  # which says that memory is short
+        # Activations are checkpointed where memory is short: then gradients are reduced after each micro-batch.
+        if parallel.PROCESSES > 1 and not settings.activation_checkpointing:
             micro_batches = settings.batch_size // (settings.micro_batch_size * parallel.PROCESSES)
             parallel.reduce_once(self.model, micro_batches)
         self.optimizer = self.make_optimizer()
@@ -902,7 +904,7 @@ class Pretraining(Run):
         model = GPT(self.config())
         if start:
             check_shape(start, model.config)
-        if start and not (self.settings.resume and "parts" in start):  # those restore() reads
+        if start and not (self.settings.resume and "parts" in start):  # whose weights come with restore()
             load_weights(model, start)
         return model.checkpoint_activations() if self.settings.activation_checkpointing else model
 
@@ -968,7 +970,7 @@ class Pretraining(Run):
     def sample(self, max_new_tokens=256):
         """Some text, begun from nothing."""
         if parallel.PROCESSES > 1:
-            return f"python sample.py --init_from {self.out_dir / 'best.pt'} writes some"
+            return f"(python sample.py --init_from {self.out_dir / 'best.pt'} generates text)"
         encoding = self.encoding
         start = torch.tensor([[encoding.encode_single_token(END_OF_TEXT)]], device=self.device)
         with autocast(self.device):

@@ -432,6 +432,8 @@ def prepared_directory(name, source, kind="", **options):
     if _is_prepared(home / kind / "meta.json", source):
         return home / kind
     has_own = "/" not in name and (home / "prepare.py").exists()
+    if not has_own and (home / "progress.json").exists():
+        raise UserError(f"{home} is not finished; run python -m data.fineweb_edu.prepare again as it was begun")
     if not has_own and not source:
         raise UserError(f"there is no data set {name}; --dataset {name} --source FILE makes one from a {file}")
     module = importlib.import_module(f"data.{name if has_own else reader}.prepare")

@@ -412,3 +412,12 @@ def test_prepared_on_first_use(tmp_path, monkeypatch):
     before = (home / "meta.json").stat().st_mtime_ns
     prepared_directory("fineweb_edu", str(tmp_path / "rows.parquet"), tokenizer="bytes")
     assert (home / "meta.json").stat().st_mtime_ns == before
+
+
+def test_an_unfinished_corpus_and_rows_are_not_taken_for_text(tmp_path):
+    (tmp_path / "progress.json").write_text("{}")
+    (tmp_path / "mine.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="is not finished; run python -m data.fineweb_edu.prepare"):
+        prepared_directory(f"{tmp_path}/", str(tmp_path / "mine.jsonl"), tokenizer="bytes")
+    with pytest.raises(UserError, match="is no plain text; python -m data.fineweb_edu.prepare"):
+        prepared_directory(f"{tmp_path}/new", str(tmp_path / "mine.jsonl"), tokenizer="bytes")

@@ -186,7 +186,7 @@ def test_damaged_parts_give_way_to_those_before(runs, tmp_path, capsys):
         path.write_bytes(path.read_bytes()[:1000])
     assert train.load_latest(tmp_path / "run")["step"] == 6
     assert "going on from the one before it, of step 6" in capsys.readouterr().out
-    shutil.rmtree(tmp_path / "run" / "parts-6")
+    next((tmp_path / "run" / "parts-6").glob("*.distcp")).unlink()
     with pytest.raises(UserError, match="is damaged"):
         train.load_latest(tmp_path / "run")
 
@@ -347,3 +347,9 @@ def test_two_gpus_have_the_losses_of_one(home, tmp_path, attn):
     launch(2, "train.py", tmp_path / "two", *flags, "--micro_batch_size", 1)
     one, two = (torch.tensor(log_of(tmp_path / name))[:, 1] for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=0.02, atol=0.02)
+
+
+def test_only_torchrun_makes_several_processes():
+    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    show = [sys.executable, "-c", "import parallel; print(parallel.RANK, parallel.LOCAL_RANK, parallel.PROCESSES)"]
+    assert subprocess.run(show, cwd=ROOT, env=environment, capture_output=True, text=True).stdout == "0 0 1\n"

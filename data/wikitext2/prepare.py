@@ -28,6 +28,8 @@ def split_articles(text):
 
 def prepare_text(directory, source="", val="", tokenizer="gpt2"):
     """Write the data set into `directory` from the hub, or from the text files `source` and `val`."""
+    if Path(source).suffix in (".jsonl", ".parquet"):
+        raise UserError(f"{source} is no plain text; python -m data.fineweb_edu.prepare reads such files")
     if source:
         return write_own_text(directory, source, val, tokenizer, split_articles)
     hub = load_from_hub(HUB_NAME, name=HUB_CONFIG, revision=HUB_REVISION)
