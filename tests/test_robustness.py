@@ -412,6 +412,27 @@ def test_a_step_without_finite_numbers_changes_nothing(home, tmp_path, stage, va
     assert all(state["step"] == 5 and state["exp_avg"].isfinite().all() for state in moments)
 
 
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", id="gpu", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+)
+def test_the_optimizer_leaves_out_what_is_not_finite(device):
+    layer = torch.nn.Linear(4, 4, device=device)
+    optimizer = train.make_optimizer(layer, weight_decay=0.1)
+    changed = []
+    for value in (1.0, float("nan"), float("inf"), 1.0):
+        before = [p.detach().clone() for p in layer.parameters()]
+        batch = (torch.full((2, 4), value, device=device),)
+        train.optimizer_step(optimizer, 0.1, lambda x: train.accumulate(square_of(layer), x), [batch])
+        changed.append(not same(before, list(layer.parameters())))
+    assert changed == [True, False, False, True]
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+def square_of(layer):
+    return lambda x: {"loss": layer(x).square().mean()}
+
+
 def test_too_many_such_steps_end_the_run(home, tmp_path, monkeypatch, capsys):
     """Resumed, it ends at the same step: those before are counted."""
     loss_of, steps = train.Pretraining.loss_of, []
