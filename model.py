@@ -463,19 +463,23 @@ def _linear_cross_entropy(
 def _empty_results(hidden, weight, targets, want_hidden, want_weight):
     losses = hidden.new_empty(hidden.size(0), dtype=torch.promote_types(hidden.dtype, torch.float32))
     grad_hidden = torch.empty_like(hidden) if want_hidden else hidden.new_empty(0)
-    grad_weight = torch.empty_like(weight) if want_weight else weight.new_empty(0)
+    # Chunks are added up in it, so it is at least float32, even where FSDP gives a weight in bf16.
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    grad_weight = torch.empty_like(weight, dtype=wide) if want_weight else weight.new_empty(0)
     return losses, grad_hidden, grad_weight
 
 
 def _keep_gradients(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros for the outputs that are not used
     ctx.save_for_backward(*output[1:])
+    ctx.weight_dtype = inputs[1].dtype
 
 
 def _scale_gradients(ctx, factors, *unused):
     grad_hidden, grad_weight = ctx.saved_tensors
     scaled = (grad_hidden * factors.unsqueeze(-1)).type_as(grad_hidden)
-    return scaled, grad_weight * factors[0] if len(grad_weight) else None, None, None, None  # all factors are the same
+    grad_weight = (grad_weight * factors[0]).to(ctx.weight_dtype) if len(grad_weight) else None  # all are the same
+    return scaled, grad_weight, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)

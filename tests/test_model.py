@@ -223,6 +223,17 @@ def test_mean_cross_entropy_equals_the_plain_one(float64, monkeypatch, chunk):
         torch.testing.assert_close(mean_cross_entropy(*ours, targets), expected)
 
 
+def test_chunks_of_a_bf16_weights_gradient_are_added_up_in_float32(monkeypatch):
+    monkeypatch.setattr(model_module, "CHUNK", 64)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2048, 32).bfloat16(), torch.randn(100, 32).bfloat16().requires_grad_()
+    targets = torch.randint(100, (2048,))
+    mean_cross_entropy(hidden, weight, targets).backward()
+    exact = weight.detach().double().requires_grad_()
+    F.cross_entropy(hidden.double() @ exact.T, targets).backward()
+    assert weight.grad.dtype == torch.bfloat16 and relative_error(weight.grad, exact.grad) < 3e-3
+
+
 def test_token_cross_entropy_has_a_factor_for_every_token(float64):
     hidden, weight, targets = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8), torch.randint(50, (6,))
     targets[2] = -100
