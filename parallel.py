@@ -98,7 +98,7 @@ def shard(build, device, compile=None):
     are embedding and head together, in bf16 on CUDA; what is kept, added up and optimized is float32. `compile` is for
     each layer's forward().
     """
-    whole = dict(tensors_of(build())) if RANK == 0 else {}
+    built = dict(tensors_of(build())) if RANK == 0 else {}
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # that weights loaded there have no effect
         model = build()
     mesh = dist.init_device_mesh(device.type, (PROCESSES,))
@@ -113,7 +113,7 @@ def shard(build, device, compile=None):
         register_fsdp_forward_method(module, "lambdas" if module is model else "lam")
     model.to_empty(device=device)
     for name, tensor in tensors_of(model):
-        scatter(whole.get(name), tensor)
+        scatter(built.get(name), tensor)
     return model
 
 
@@ -123,10 +123,10 @@ def tensors_of(model):
 
 
 @torch.no_grad()
-def scatter(whole, tensor):
-    """Put process 0's tensor `whole` into `tensor` on all: into each its part, if that is sharded."""
+def scatter(value, tensor):
+    """Put process 0's tensor `value` into `tensor` on all: into each its part, if that is sharded."""
     like = dict(device=tensor.device, dtype=tensor.dtype)
-    source = torch.empty(tensor.shape, **like) if RANK else whole.detach().to(**like)
+    source = torch.empty(tensor.shape, **like) if RANK else value.detach().to(**like)
     if isinstance(tensor, DTensor):
         tensor.copy_(distribute_tensor(source, tensor.device_mesh, tensor.placements))
     else:
