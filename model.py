@@ -694,8 +694,10 @@ class Decoder:
         if compile:
             for layer in model.layers:  # to read prompts of any length; they share a program
                 layer.compile(dynamic=True)
-            # The option is for products of a single row, which become kernels that take in what comes before and after.
-            self.hidden = torch.compile(model.hidden, dynamic=False, options={"coordinate_descent_tuning": True})
+            # Products of a single row become kernels that take in what comes before and after, and those of the same
+            # input one kernel together.
+            inductor = {"coordinate_descent_tuning": True, "combo_kernels": True}
+            self.hidden = torch.compile(model.hidden, dynamic=False, options=inductor)
         self.replay = None
 
     @torch.no_grad()
