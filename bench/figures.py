@@ -1,6 +1,7 @@
 """The pictures and tables of docs/results.md: makes the runs whose logs are missing, then draws.
 
 python -m bench.figures                      # from the logs and measurements in docs/runs, which need no GPU
+python -m bench.figures --only curves rates  # what the runs of these two groups show, and no others
 python -m bench.figures --logs out/mylogs    # everything anew
 
 Prints the tables as Markdown, writes the pictures to docs/.
@@ -89,7 +90,7 @@ def curves(logs, runs, folder):
     axes[0].set(xlabel="step", ylabel="training loss, nats")
     axes[1].set(xlabel="step", ylabel="norm of the gradient", yscale="log")
     axes[1].axvline(200, color="lightgray", zorder=0, linewidth=1)
-    axes[1].text(205, axes[1].get_ylim()[0], " end of the warmup of (c), (d)", rotation=90, va="bottom", color="gray")
+    axes[1].text(205, 12, "(c), (d): end of the warmup", fontsize=8, color="gray")
     axes[0].legend(fontsize=8)
     save(figure, folder / "curves.png")
     print_table("Early training loss", early_rows(kinds))
@@ -147,16 +148,24 @@ def ends(values, width=50):
 # Held-out loss, stability, lambda
 
 
-def held_out(logs, runs):
+def wikitext2(logs, runs, folder):
+    print_table("Held-out loss on WikiText-2, at its lowest", held_out_rows(logs, runs, "curves", np.nanmin))
+
+
+def corpus(logs, runs, folder):
+    rows = held_out_rows(logs, runs, "corpus", lambda losses: losses[-1])
+    print_table("Held-out loss on the larger corpus, at the end", rows)
+
+
+def held_out_rows(logs, runs, group, choose):
+    """For each kind of attention, over seeds, the validation loss that choose() takes of a run's."""
     rows = []
-    for prefix, text, choose in (("curves", "WikiText-2", np.nanmin), ("corpus", "larger corpus", lambda x: x[-1])):
-        losses = {k: [choose(log["val_loss"]) for log in read_seeds(logs, runs, f"{prefix}/{k}-")] for k in ATTENTION}
-        for attn, values in losses.items():
-            gaps = [value - plain for value, plain in zip(values, losses["vanilla"])]
-            row = {"text": text, "attn": attn, "seeds": len(values), "held-out loss, nats": spread(values)}
-            row |= {"perplexity": spread([np.exp(v) for v in values], 2), "against vanilla": spread(gaps)}
-            rows.append(row)
-    print_table("Held-out loss: WikiText-2 at its lowest, the larger corpus at the end", rows)
+    losses = {k: [choose(log["val_loss"]) for log in read_seeds(logs, runs, f"{group}/{k}-")] for k in ATTENTION}
+    for attn, values in losses.items():
+        gaps = [value - plain for value, plain in zip(values, losses["vanilla"])]
+        row = {"attn": attn, "seeds": len(values), "held-out loss, nats": spread(values)}
+        rows.append(row | {"perplexity": spread([np.exp(v) for v in values], 2), "against vanilla": spread(gaps)})
+    return rows
 
 
 def spikes(norms):
@@ -181,17 +190,18 @@ def stability_row(log, settings):
 
 
 def stability(logs, runs, folder):
-    figure, axes = plt.subplots(1, len(LEARNING_RATES), figsize=(13, 3.6), sharey=True)
+    figure, axes = plt.subplots(len(LEARNING_RATES), len(ATTENTION), figsize=(13, 7), sharex=True, sharey=True)
     rows = []
-    for rate, axis in zip(LEARNING_RATES, axes):
-        for attn in ATTENTION:
-            name = f"rates/{attn}-{rate:g}"
-            log, labels = read_log(logs, name), {"peak learning rate": f"{rate:g}", "attn": attn}
-            rows.append(labels | stability_row(log, runs[name].settings))
-            axis.plot(log["step"], log["grad_norm"], color=COLORS[attn], label=attn, linewidth=0.6)
-        axis.set(xlabel="step", yscale="log", title=f"peak learning rate {rate:g}")
-    axes[0].set(ylabel="norm of the gradient")
-    axes[0].legend(fontsize=8)
+    for (row, rate), (column, attn) in itertools.product(enumerate(LEARNING_RATES), enumerate(ATTENTION)):
+        name, axis = f"rates/{attn}-{rate:g}", axes[row, column]
+        log, labels = read_log(logs, name), {"peak learning rate": f"{rate:g}", "attn": attn}
+        rows.append(labels | stability_row(log, runs[name].settings))
+        axis.plot(log["step"], log["grad_norm"], color=COLORS[attn], linewidth=0.6)
+        axis.set(yscale="log", title=f"{attn}, peak learning rate {rate:g}")
+    for axis in axes[-1]:
+        axis.set(xlabel="step")
+    for axis in axes[:, 0]:
+        axis.set(ylabel="norm of the gradient")
     save(figure, folder / "stability.png")
     print_table(f"Stability: a spike is above {SPIKE} times the median of the {MEMORY} steps before", rows)
 
@@ -309,16 +319,24 @@ def save(figure, path):
     plt.close(figure)
 
 
+DRAWN = {  # by group of runs
+    "curves": (curves, wikitext2),
+    "corpus": (corpus, lambdas, inside, maps),
+    "rates": (stability,),
+    "tuning": (tuning,),
+}
+
+
 def main():
     parser = Parser(__doc__, prog="python -m bench.figures")
     add_flags(parser)
     parser.add_argument("--pictures", default="docs", help="folder for the pictures (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", default=list(DRAWN), choices=list(DRAWN), help="groups of runs")
     arguments, runs = parse(parser)
     folder = Path(arguments.out if arguments.smoke else arguments.pictures)
-    make_missing(runs, arguments)
-    for draw in (curves, tuning, stability, lambdas, inside, maps):
+    make_missing({name: plan for name, plan in runs.items() if name.split("/")[0] in arguments.only}, arguments)
+    for draw in itertools.chain.from_iterable(DRAWN[group] for group in arguments.only):
         draw(arguments.logs, runs, folder)
-    held_out(arguments.logs, runs)
 
 
 if __name__ == "__main__":

@@ -227,9 +227,10 @@ def test_pictures_and_tables_of_all_runs(tmp_path, monkeypatch, capsys):
         assert plan.settings.max_steps == 4
     for draw in (figures.curves, figures.tuning, figures.stability, figures.lambdas):
         draw(tmp_path, planned, tmp_path)
-    figures.held_out(tmp_path, planned)
+    for tell in (figures.wikitext2, figures.corpus):
+        tell(tmp_path, planned, tmp_path)
     text = capsys.readouterr().out
-    assert "| WikiText-2 | v1 | 3 | 0.500 ± 0.000 | 1.65 ± 0.00 | 0.000 ± 0.000 |" in text
+    assert "| v1 | 3 | 0.500 ± 0.000 | 1.65 ± 0.00 | 0.000 ± 0.000 |" in text
     assert "| 0.002 | v2 | 0 | 0 | 0.50 | 0.50 | 0.500 | 0.500 | no |" in text
     for name in ("curves", "tuning", "stability", "lambdas"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
