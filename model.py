@@ -298,12 +298,12 @@ class DiffAttention(Attention):
         """A1 V - lam A2 V, with lam broadcast to (B, T, pair) -> (B, T, pair, Dv)."""
         if cache is None and has_difference_kernel(q, k, v, self.impl):
             return kernels.differential_attention(q, k, v, lam)
-        n_group, same_keys = v.size(2), k.size(2) == v.size(2)
-        if not same_keys:  # kernels give neighbouring query heads one key head, so those of map 1 of a group come first
-            q = q.unflatten(2, (n_group, -1, 2)).transpose(3, 4).flatten(2, 4)  # (B, T, group * map * pair, D)
-        y = self.attend(q, k, v, cache)
-        y = y.unflatten(2, (n_group, -1, 2)) if same_keys else y.unflatten(2, (n_group, 2, -1)).transpose(3, 4)
-        y1, y2 = (half.flatten(2, 3) for half in y.unbind(4))  # of y (B, T, group, pair, map, Dv)
+        if k.size(2) == v.size(2):  # both maps read the same key head
+            y1, y2 = self.attend(q, k, v, cache).unflatten(2, (-1, 2)).unbind(3)  # of (B, T, pair, map, Dv)
+        else:  # kernels give neighbouring query heads one key head, so those of map 1 of a group come first
+            q = q.unflatten(2, (v.size(2), -1, 2)).transpose(3, 4).flatten(2, 4)  # (B, T, group * map * pair, D)
+            y = self.attend(q, k, v, cache).unflatten(2, (v.size(2), 2, -1))  # (B, T, group, map, pair, Dv)
+            y1, y2 = (half.flatten(2, 3) for half in y.unbind(3))
         return (y1 - lam.unsqueeze(-1) * y2).type_as(y1)
 
 
@@ -694,8 +694,8 @@ class Decoder:
         if compile:
             for layer in model.layers:  # to read prompts of any length; they share a program
                 layer.compile(dynamic=True)
-            # Products of a single row become kernels that take in what comes before and after, and those of the same
-            # input one kernel together.
+            # The first option is for products of a single row, which become kernels that take in what comes before and
+            # after; the second makes one kernel of several that do not depend on each other.
             inductor = {"coordinate_descent_tuning": True, "combo_kernels": True}
             self.hidden = torch.compile(model.hidden, dynamic=False, options=inductor)
         self.replay = None
