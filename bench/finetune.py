@@ -2,6 +2,7 @@
 
 python -m bench.finetune                       # SFT of 16 x 1024 tokens, DPO of 8 pairs of 256 + 256
 python -m bench.finetune --attn v2 --stage dpo
+python -m bench.finetune --preset 10b          # SFT of 8 x 2048 tokens, DPO of 4 pairs of 1024 + 1024
 
 Rows have no padding; in SFT every token is learned. step_ms is a step on a batch that is on the GPU already, loop_ms
 one of the training loop, which makes batches meanwhile; the speeds are the loop's.
@@ -24,15 +25,17 @@ from data.dataset import prefetch, write_examples
 from model import ATTENTION, GPT
 
 FLAGS = dict(
+    preset=dict(default="ldiff", choices=("ldiff", "1b", "10b"), help="model: 159 million, 1 or 10 billion parameters"),
     attn=dict(nargs="+", default=["v2"], choices=list(ATTENTION), help="kinds of attention"),
     stage=dict(nargs="+", default=["sft", "dpo"], choices=("sft", "dpo"), help="SFT, DPO or both"),
     compile=dict(default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: with a GPU"),
 )
 
-STAGES = {"sft": (sft.Settings, sft.SFT, 1), "dpo": (dpo.Settings, dpo.DPO, 2)}  # settings, run, answers to a prompt
+STAGES = {"sft": (sft, sft.SFT, 1), "dpo": (dpo, dpo.DPO, 2)}  # script, run, answers to a prompt
 
 # tokens of the prompt and of the answer, examples a step
 SHAPES = {"sft": (0, 1024, 16), "dpo": (256, 256, 8)}
+LARGE_SHAPES = {"sft": (0, 2048, 8), "dpo": (1024, 1024, 4)}  # of 1b and 10b
 SMOKE_SHAPES = {"sft": (0, 32, 2), "dpo": (8, 8, 2)}
 
 
@@ -44,26 +47,30 @@ def random_rows(example, encoding, block_size):
     return [(random.integers(256, size=prompt + answer).tolist(), mask) for _ in range(answers)]
 
 
-def make_run(stage, attn, arguments, folder):
+def make_run(stage, attn, arguments, folder, device):
     """A run of SFT or DPO on random examples, from a model with random weights."""
-    settings_class, kind, answers = STAGES[stage]
-    prompt, answer, examples = (SMOKE_SHAPES if arguments.smoke else SHAPES)[stage]
+    script, kind, answers = STAGES[stage]
+    shapes = SHAPES if arguments.preset == "ldiff" else LARGE_SHAPES
+    prompt, answer, examples = (SMOKE_SHAPES if arguments.smoke else shapes)[stage]
     rows = [(prompt, answer, answers, seed) for seed in range(8 * examples)]
     write_examples(folder / "random" / stage, rows, random_rows, "bytes", prompt + answer, "random")
-    config = model_config(attn, prompt + answer, arguments.smoke)
-    start = {"model": GPT(config).state_dict(), "config": asdict(config), "data": {"tokenizer": "bytes"}}
-    settings = settings_class(
-        attn=attn, dataset=f"{folder}/random", batch_size=examples, micro_batch_size=examples,
-        device=arguments.device, compile=arguments.compile,
-    )  # fmt: skip
-    return kind(settings, start)
+    config = model_config(attn, prompt + answer, arguments.smoke, arguments.preset)
+    with device:  # where random numbers are quick
+        weights = GPT(config).state_dict()
+    start = {"model": weights, "config": asdict(config), "data": {"tokenizer": "bytes"}}
+    preset = {"micro_batch_size": examples, **script.PRESETS[arguments.preset]}
+    own = dict(preset=arguments.preset, attn=attn, dataset=f"{folder}/random", batch_size=examples)
+    own |= dict(device=arguments.device, compile=arguments.compile)
+    return kind(script.Settings(**preset | own), start)
 
 
 def measure(stage, attn, arguments, device):
     fresh_memory(device)
-    steps, few = (4, SMOKE) if arguments.smoke else (42, dict(calls=20))
+    steps, few = (42, dict(calls=20)) if arguments.preset == "ldiff" else (5, dict(calls=3, runs=1))
+    steps, few = (4, SMOKE) if arguments.smoke else (steps, few)
     with tempfile.TemporaryDirectory() as folder, quiet():
-        run = make_run(stage, attn, arguments, Path(folder))
+        run = make_run(stage, attn, arguments, Path(folder), device)
+        fresh_memory(device)  # now without the weights that it began with
         _, batch = next(iter(prefetch(run.make_batch, range(1, 2), run.device)))
         step_ms = median_ms(lambda: train.optimizer_step(run.optimizer, 1e-4, run.accumulate, batch), device, **few)
         ms = statistics.median(loop_ms(run, steps) for _ in range(3))

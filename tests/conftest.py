@@ -1,7 +1,26 @@
 import os
 
+import pytest
 import torch
+
+from data.dataset import write_dataset, write_examples
+from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
+from data.slimorca.prepare import tokenize as tokenize_conversation
 
 # The tests' models are so small that threads cost more than they bring.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """A data set of bytes for all stages, to be copied: 100 lines, 40 conversations, 40 pairs."""
+    data = tmp_path_factory.mktemp("data")
+    text = "".join(f"{i} bottles of beer on the wall\n" for i in range(100))
+    write_dataset(data, {"train": [text], "val": [text[1000:1400]]}, "bytes", "a test")
+    talks = [[("human", f"{i}?"), ("gpt", f"sum {i}")] for i in range(40)]
+    rows = [{"conversations": [{"from": role, "value": text} for role, text in talk]} for talk in talks]
+    write_examples(data / "sft", rows, tokenize_conversation, "bytes", 32, "a test")
+    pairs = [dict(system="", question=f"{i}", chosen="yes", rejected="no") for i in range(40)]
+    write_examples(data / "dpo", pairs, tokenize_pair, "bytes", 32, "a test")
+    return data

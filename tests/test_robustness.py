@@ -23,7 +23,6 @@ import sft
 import train
 from data import UserError, explain, run_script
 from data.dataset import write_dataset, write_examples
-from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
 from data.slimorca.prepare import tokenize as tokenize_conversation
 
 SHAPE = ["--block_size", 32, "--n_layer", 1, "--n_embd", 16, "--n_inner", 16, "--n_head", 2, "--head_dim", 8]
@@ -38,16 +37,10 @@ WHOLE = 300  # steps of a run that is killed
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, small_data):
     """Data, and the models that SFT and DPO begin with."""
     home = tmp_path_factory.mktemp("home")
-    text = "".join(f"{i} bottles of beer on the wall\n" for i in range(100))
-    write_dataset(home / "set", {"train": [text], "val": [text[1000:1400]]}, "bytes", "a test")
-    talks = [[("human", f"{i}?"), ("gpt", f"sum {i}")] for i in range(40)]
-    rows = [{"conversations": [{"from": role, "value": text} for role, text in talk]} for talk in talks]
-    write_examples(home / "set" / "sft", rows, tokenize_conversation, "bytes", 32, "a test")
-    pairs = [dict(system="", question=f"{i}", chosen="yes", rejected="no") for i in range(40)]
-    write_examples(home / "set" / "dpo", pairs, tokenize_pair, "bytes", 32, "a test")
+    shutil.copytree(small_data, home / "set")
     carry_out(home, "pretrain", home / "base", "--max_steps", 2)
     return home
 
