@@ -170,7 +170,8 @@ def make_room(out_dir):
         aside.mkdir()
         for path in earlier:
             path.rename(aside / path.name)
-        print(f"the run that {out_dir} held is now in {aside} (--resume would have continued it)")
+        hint = " (--resume would have continued it)" if (aside / NEWEST).exists() else ""
+        print(f"the run that {out_dir} held is now in {aside}{hint}")
 
 
 class Busy(UserError):
@@ -265,7 +266,8 @@ def load_latest(out_dir):
         return load_checkpoint(newest)
     except Damaged as error:
         if not previous.exists():
-            raise
+            hint = "there is none before it, but --init_from best.pt would begin a new run with the weights there"
+            raise Damaged(f"{error}; {hint}") from error
         checkpoint = load_checkpoint(previous)
         print(f"{error}; going on from the one before it, of step {checkpoint['step']}")
         if newest.exists():
@@ -561,11 +563,11 @@ def stop_signals():
 def fit(run, log):
     """Take the optimizer steps from run.done + 1 to run.settings.max_steps; Run says what `run` is asked for."""
     s = run.settings
-    if not run.done:  # what training has to improve on
-        print(f"before the first step:\n{run.validate(0)[1]}", flush=True)
-    log.open(run.done)
-    steps = range(run.done + 1, s.max_steps + 1)
     with stop_signals() as stop:
+        if not run.done:  # what training has to improve on
+            print(f"before the first step:\n{run.validate(0)[1]}", flush=True)
+        log.open(run.done)
+        steps = range(run.done + 1, s.max_steps + 1)
         for step, (work, micro_batches) in zip(steps, prefetch(run.make_batch, steps, run.device)):
             lr = run.learning_rate(step)
             measured = optimizer_step(run.optimizer, lr, run.accumulate, micro_batches)

@@ -140,6 +140,21 @@ def wait_for_a_moment(out, child, chance, while_saving):
         time.sleep(0.0005)
 
 
+def test_a_signal_before_the_first_step_is_obeyed(home, tmp_path):
+    run = new_run(home, "pretrain", tmp_path / "run")
+    validate = run.validate
+
+    def interrupted(step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(step)
+
+    run.validate = interrupted
+    with train.locked(run.out_dir), pytest.raises(SystemExit) as left:
+        train.fit(run, train.Log(run))
+    assert left.value.code == 128 + signal.SIGTERM
+    assert train.load_checkpoint(run.out_dir / "ckpt.pt")["step"] == 1
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_followed_by_a_checkpoint_within_seconds(home, tmp_path, stage, number):
