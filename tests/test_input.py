@@ -257,7 +257,7 @@ CHECKPOINTS = [
     ("half a checkpoint", cut("out/sft/best.pt", lambda b: b[: len(b) // 2]), "dpo", "out/sft/best.pt is damaged"),
     ("checkpoint with a wrong byte", cut("out/sft/best.pt", lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:]),
      "sample", "out/sft/best.pt is damaged"),
-    ("damaged checkpoint to resume", write("out/sft/ckpt.pt", "x"), "sft --resume", "out/sft/ckpt.pt is damaged"),
+    ("damaged checkpoint to resume", write("out/sft/ckpt.pt", "x"), "sft --resume", "; there is none before it"),
     ("malicious pickle", lambda: torch.save(Harm(), "bad.pt"), "sample --init_from bad.pt", r"bad.pt .*\(Unpickling"),
     ("malicious pickle in a checkpoint", checkpoint("out/sft/best.pt", stage=Harm()), "sample", "best.pt is damaged"),
     ("malicious pickle of old", lambda: torch.save(Harm(), "bad.pt", _use_new_zipfile_serialization=False),

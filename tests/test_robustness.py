@@ -140,6 +140,14 @@ def wait_for_a_moment(out, child, chance, while_saving):
         time.sleep(0.0005)
 
 
+@pytest.mark.parametrize("name, hinted", [("ckpt.pt", True), ("adapter.pt", False)])
+def test_a_run_that_moves_aside_is_only_said_to_resume_if_it_could(tmp_path, capsys, name, hinted):
+    (tmp_path / name).write_text("kept")
+    train.make_room(tmp_path)
+    assert ("--resume" in capsys.readouterr().out) == hinted
+    assert (tmp_path / "earlier-1" / name).read_text() == "kept"
+
+
 def test_a_signal_before_the_first_step_is_obeyed(home, tmp_path):
     run = new_run(home, "pretrain", tmp_path / "run")
     validate = run.validate
