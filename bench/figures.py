@@ -113,14 +113,15 @@ def early_rows(kinds):
 
 
 def tuning(logs, runs, folder):
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
     sft, dpo = read_log(logs, "tuning/sft"), read_log(logs, "tuning/dpo")
     panels = ((sft, "loss", "SFT: loss, nats"), (dpo, "loss", "DPO: loss"), (dpo, "accuracy", "DPO: accuracy, margin"))
     for axis, (log, column, title) in zip(axes, panels):
         draw_training(axis, log, column, "tab:blue")
         axis.set(xlabel="step", title=title)
     draw_training(axes[2], dpo, "margin", "tab:green")
-    axes[2].legend(fontsize=8)
+    for axis in axes:
+        legend_above(axis)
     save(figure, folder / "tuning.png")
     rows = []
     for name, log in (("SFT", sft), ("DPO", dpo)):
@@ -235,7 +236,7 @@ def read_probes(logs, runs):
 
 def inside(logs, runs, folder):
     probes = read_probes(logs, runs)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
     for attn, seeds in probes.items():
         panels = (
             [probe["needle"]["weights"]["answer"] for probe in seeds],
@@ -253,7 +254,7 @@ def inside(logs, runs, folder):
     axes[1].set(xlabel="layer", title="share of attention on the first token")
     axes[2].set(xlabel="layer", title="norm of the weights of a query", yscale="log")
     for axis in axes:
-        axis.legend(fontsize=7)
+        legend_above(axis)
     save(figure, folder / "attention.png")
     print_table("Needles: shares of the last token's attention, mean over layers and heads", needle_rows(probes))
     print_table("Norm of a query's weights (the RMS it reads from uncorrelated values of RMS 1)", norm_rows(probes))
@@ -312,6 +313,12 @@ def maps(logs, runs, folder):
             title = kind if kind != "difference" else f"first - {head['factor']:.2f} second (of the last token)"
             axis.set_title(f"{attn}, layer {head['layer']}, head {head['head']}: {title}", fontsize=8)
     save(figure, folder / "maps.png")
+
+
+def legend_above(axis):
+    """A legend over the picture, where it hides no data."""
+    axis.set_title(axis.get_title(), pad=44)
+    axis.legend(fontsize=7, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
 
 
 def save(figure, path):
