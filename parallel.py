@@ -96,7 +96,7 @@ def shard(build, device, compile=None):
 
     Process 0 builds it whole on its CPU, the others its shapes only. Each layer is gathered when it is computed, and so
     are embedding and head together, in bf16 on CUDA; what is kept, added up and optimized is float32. `compile` is for
-    each layer's forward().
+    the forward() of each layer and of the norm after them.
     """
     built = dict(tensors_of(build())) if RANK == 0 else {}
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # that weights loaded there have no effect
@@ -104,9 +104,9 @@ def shard(build, device, compile=None):
     mesh = dist.init_device_mesh(device.type, (PROCESSES,))
     dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)  # the rotary tables stay float32
+    for module in (*model.layers, model.norm) if compile else ():
+        module.forward = compile(module.forward)
     for module in (*model.layers, model):
-        if compile and module is not model:
-            module.forward = compile(module.forward)
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)

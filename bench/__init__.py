@@ -26,6 +26,7 @@ from data.dataset import prefetch
 from model import GPT
 
 SMOKE = dict(calls=2, runs=1, warmup=1)  # for median_ms
+LARGE = dict(calls=5, runs=1)  # of a model whose step takes seconds
 
 
 def count(text):
@@ -70,7 +71,13 @@ def chunked_loss(model, inputs, targets):
 def training_step(config, tokens, device, compile, loss=chunked_loss, recompute=False):
     """A function that takes a training step of a new model on the same random tokens, and the model."""
     torch.manual_seed(1)
-    build = (lambda: GPT(config).checkpoint_activations()) if recompute else (lambda: GPT(config))
+
+    def build():
+        on = torch.get_default_device()  # meta, if parallel.shard wants shapes only
+        with on if on.type == "meta" else device:  # a GPU draws random numbers quickly
+            model = GPT(config)
+        return model.checkpoint_activations() if recompute else model
+
     model, compiled = train.place(build, device, train.wants_compile(compile, device))
     optimizer = train.make_optimizer(model, weight_decay=0.1)
     rows = batch_size(tokens, config.block_size) // parallel.PROCESSES

@@ -19,7 +19,7 @@ import numpy as np
 import dpo
 import sft
 import train
-from bench import SMOKE, Table, fresh_memory, loop_ms, median_ms, model_config, parse_arguments, peak_gib, quiet
+from bench import LARGE, SMOKE, Table, fresh_memory, loop_ms, median_ms, model_config, parse_arguments, peak_gib, quiet
 from data import run_script
 from data.dataset import prefetch, write_examples
 from model import ATTENTION, GPT
@@ -68,8 +68,8 @@ def measure(stage, attn, arguments, device):
     fresh_memory(device)
     if arguments.smoke:
         steps, few = 4, SMOKE
-    else:  # a step of the larger presets takes seconds
-        steps, few = (42, dict(calls=20)) if arguments.preset == "ldiff" else (5, dict(calls=3, runs=1))
+    else:
+        steps, few = (42, dict(calls=20)) if arguments.preset == "ldiff" else (5, LARGE)
     with tempfile.TemporaryDirectory() as folder, quiet():
         run = make_run(stage, attn, arguments, Path(folder), device)
         fresh_memory(device)  # now without the weights that it began with
