@@ -107,7 +107,8 @@ def shard(build, device, compile=None):
     for module in (*model.layers, model.norm) if compile else ():
         module.forward = compile(module.forward)
     for module in (*model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=saves_memory(module))
+        saves_memory = getattr(module, "recompute", False)  # a layer that does not keep its activations either
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=saves_memory)
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(module, "lambdas" if module is model else "lam")
@@ -115,11 +116,6 @@ def shard(build, device, compile=None):
     for name, tensor in tensors_of(model):
         scatter(built.get(name), tensor)
     return model
-
-
-def saves_memory(module):
-    """True for a layer that keeps no activations until the backward pass: nor should it stay gathered until then."""
-    return getattr(module, "recompute", False)
 
 
 def tensors_of(model):
@@ -149,8 +145,6 @@ def reduce_once(model, micro_batches):
             is_last = next(done) % micro_batches == 0
             model.set_requires_gradient_sync(is_last)
             model.set_reshard_after_backward(is_last)
-            for layer in model.layers:
-                layer.set_reshard_after_forward(is_last and saves_memory(layer), recurse=False)
 
     model.register_forward_pre_hook(before_forward)
 
