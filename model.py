@@ -303,7 +303,8 @@ class DiffAttention(Attention):
         else:  # kernels give neighbouring query heads one key head, so those of map 1 of a group come first
             q = q.unflatten(2, (v.size(2), -1, 2)).transpose(3, 4).flatten(2, 4)  # (B, T, group * map * pair, D)
             y = self.attend(q, k, v, cache).unflatten(2, (v.size(2), 2, -1))  # (B, T, group, map, pair, Dv)
-            y1, y2 = (half.flatten(2, 3) for half in y.unbind(3))
+            # Not unbind(3): ptxas 12.8, in Triton 3.6 and 3.7, drops an offset in its compiled gradient.
+            y1, y2 = y[:, :, :, 0].flatten(2, 3), y[:, :, :, 1].flatten(2, 3)
         return (y1 - lam.unsqueeze(-1) * y2).type_as(y1)
 
 
