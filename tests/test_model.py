@@ -509,8 +509,8 @@ def test_gpu_difference_kernel(N, G, keys, D, Dv, T):
 @needs_gpu
 @pytest.mark.parametrize("attn", ["v1", "v2"])
 def test_gpu_models_with_and_without_the_difference_kernel(attn, monkeypatch):
-    """The same loss and gradients, compiled, with several pairs to a key head and several blocks of queries. A group has
-    three pairs: with unbind() in DiffAttention.subtract, ptxas 12.8 gets V1's gradient wrong then."""
+    """The same loss and gradients, compiled, with several pairs to a key head and several blocks of queries. A group
+    has three pairs: with unbind() in DiffAttention.subtract, ptxas 12.8 gets V1's gradient wrong then."""
     if model_module.gpu_generation("cuda") != (9, 0):
         pytest.skip("the kernel is for Hopper")
     torch.compiler.reset()  # programs of other tests count towards a limit
