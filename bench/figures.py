@@ -95,6 +95,7 @@ def curves(logs, runs, folder):
     axes[0].legend(fontsize=8)
     save(figure, folder / "curves.png")
     print_table("Early training loss", early_rows(kinds))
+    print_table("Gradient norm, seed by seed", [norm_row(NAMES[kind], seeds) for kind, seeds in kinds.items()])
 
 
 def early_rows(kinds):
@@ -110,6 +111,13 @@ def early_rows(kinds):
                 row[f"to {steps}, against ({letter})"] = f"{change:+.1%}"
         rows.append(row)
     return rows
+
+
+def norm_row(name, seeds):
+    """Spikes, as stability() counts them, and the highest norm after step 200, where the warmup ends."""
+    count = ", ".join(str(spikes(log["grad_norm"])) for log in seeds)
+    highest = ", ".join(f"{np.nanmax(log['grad_norm'][200:], initial=0):.1f}" for log in seeds)
+    return {"run": name, "spikes": count, "highest after the warmup": highest}
 
 
 def tuning(logs, runs, folder):
@@ -236,27 +244,32 @@ def read_probes(logs, runs):
 
 def inside(logs, runs, folder):
     probes = read_probes(logs, runs)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.4))
+    axes = axes.flatten()
     for attn, seeds in probes.items():
         panels = (
             [probe["needle"]["weights"]["answer"] for probe in seeds],
             [probe["sink"]["weights"] for probe in seeds],
             [probe["context_rms"]["weights"]["mean"] for probe in seeds],
+            [probe["context_rms"]["output"]["mean"] for probe in seeds],
         )
         for axis, values in zip(axes, panels):
             axis.plot(np.mean(values, axis=0), "o-", color=COLORS[attn], label=attn, markersize=3)
-        lowest = np.min([probe["context_rms"]["weights"]["minimum"] for probe in seeds], axis=0)
-        axes[2].plot(lowest, ":", color=COLORS[attn], label=f"{attn}, lowest")
+        for axis, kind in zip(axes[2:], ("weights", "output")):
+            lowest = np.min([probe["context_rms"][kind]["minimum"] for probe in seeds], axis=0)
+            axis.plot(lowest, ":", color=COLORS[attn], label=f"{attn}, lowest")
     one = probes["vanilla"][0]
     axes[0].axhline(one["answer_tokens"] / one["length"], color="lightgray", zorder=0, label="if uniform")
     axes[2].axhline(one["context_rms"]["bound"], color="lightgray", zorder=0, label="least of a softmax, 1/sqrt(n)")
     axes[0].set(xlabel="layer", title="share of attention on the answer", yscale="log")
     axes[1].set(xlabel="layer", title="share of attention on the first token")
     axes[2].set(xlabel="layer", title="norm of the weights of a query", yscale="log")
+    axes[3].set(xlabel="layer", title="RMS of a head's output over that of its values", yscale="log")
     for axis in axes:
         legend_above(axis)
     save(figure, folder / "attention.png")
     print_table("Needles: shares of the last token's attention, mean over layers and heads", needle_rows(probes))
+    print_table("Attention sink: the first token's share in the second half of a text, by layer", sink_rows(probes))
     print_table("Norm of a query's weights (the RMS it reads from uncorrelated values of RMS 1)", norm_rows(probes))
 
 
@@ -265,13 +278,28 @@ def needle_rows(probes):
     for attn, seeds in probes.items():
         for kind in seeds[0]["needle"]:
             parts = [probe["needle"][kind] for probe in seeds]
-            row = {"attn": attn, "weights": "both maps" if kind == "weights" and attn != "vanilla" else kind}
+            row = {"attn": attn, "weights": kind_name(attn, kind)}
             for part in ("answer", "others", "first_token", "rest"):
                 row[part.replace("_", " ")] = spread([np.mean(shares[part]) for shares in parts], 4)
             row["answer, best head"] = spread([shares["best_head"]["answer"] for shares in parts])
             recall = [probe["retrieval"]["accuracy"] for probe in seeds]
             row["right number likeliest"] = spread(recall, 2) if kind == "weights" else ""
             rows.append(row)
+    return rows
+
+
+def kind_name(attn, kind):
+    return "difference" if kind == "weights" and attn != "vanilla" else kind
+
+
+def sink_rows(probes):
+    rows = []
+    for attn, seeds in probes.items():
+        for kind in seeds[0]["sink"]:
+            layers = np.array([probe["sink"][kind] for probe in seeds])
+            row = {"attn": attn, "weights": kind_name(attn, kind), "mean": spread(layers.mean(1), 5)}
+            by_layer = layers.mean(0)
+            rows.append(row | {"highest": f"{by_layer.max():.4f}", "in layer": by_layer.argmax()})
     return rows
 
 

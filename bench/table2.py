@@ -1,7 +1,7 @@
 """Table 2 of the L-Diff report: training time for the same tokens, and what each ingredient contributes.
 
-python -m bench.table2                  # the report's rows, then one ingredient at a time for vanilla and V1
-python -m bench.table2 --ablate v2      # ... for V2
+python -m bench.table2                  # the report's rows, then one ingredient at a time for all three attentions
+python -m bench.table2 --ablate v2      # ... for V2 alone
 
 Rows: (a) the report's baseline, (b) V1 without the pretraining methods, (c) L-Diff, (d) the plain Transformer with
 everything that L-Diff has. The ingredients: `flash`, a fused attention kernel instead of one that materialises its
@@ -39,7 +39,7 @@ REPORT = {  # its rows, and (d), which it leaves out
     ("vanilla", INGREDIENTS): "d",
 }
 FLAGS = dict(
-    ablate=dict(nargs="*", default=["vanilla", "v1"], choices=list(ATTENTION), help="attentions to take apart"),
+    ablate=dict(nargs="*", default=list(ATTENTION), choices=list(ATTENTION), help="attentions to take apart"),
     tokens=dict(type=count, default=16384, help="tokens a step"),
     length=dict(type=count, default=2048, help="context length"),
 )
