@@ -87,7 +87,7 @@ def curves(logs, runs, folder):
         steps = seeds[0]["step"][:shortest][-lines.shape[1] :]
         axis.plot(steps, lines.mean(0), color=COLORS[kind], label=NAMES[kind], linewidth=1)
         axis.fill_between(steps, lines.min(0), lines.max(0), color=COLORS[kind], alpha=0.2, linewidth=0)
-    axes[0].set(xlabel="step", ylabel="training loss, nats")
+    axes[0].set(xlabel="step", ylabel="training loss, nats", yscale="log")
     axes[1].set(xlabel="step", ylabel="norm of the gradient", yscale="log")
     axes[1].axvline(200, color="lightgray", zorder=0, linewidth=1)
     at_the_top = dict(y=0.95, transform=axes[1].get_xaxis_transform())
@@ -115,7 +115,7 @@ def early_rows(kinds):
 
 def norm_row(name, seeds):
     """Spikes, as stability() counts them, and the highest norm after step 200, where the warmup ends."""
-    count = ", ".join(str(spikes(log["grad_norm"])) for log in seeds)
+    count = ", ".join(str(len(spikes(log["grad_norm"]))) for log in seeds)
     highest = ", ".join(f"{np.nanmax(log['grad_norm'][200:], initial=0):.1f}" for log in seeds)
     return {"run": name, "spikes": count, "highest after the warmup": highest}
 
@@ -165,6 +165,8 @@ def wikitext2(logs, runs, folder):
 def corpus(logs, runs, folder):
     rows = held_out_rows(logs, runs, "corpus", lambda losses: losses[-1])
     print_table("Held-out loss on the larger corpus, at the end", rows)
+    kinds = {attn: read_seeds(logs, runs, f"corpus/{attn}-") for attn in ATTENTION}
+    print_table("Gradient norm there, seed by seed", [norm_row(attn, seeds) for attn, seeds in kinds.items()])
 
 
 def held_out_rows(logs, runs, group, choose):
@@ -179,9 +181,9 @@ def held_out_rows(logs, runs, group, choose):
 
 
 def spikes(norms):
-    """How many gradient norms are above SPIKE times the median of the MEMORY steps before them, if they are finite."""
+    """Where gradient norms are above SPIKE times the median of the MEMORY steps before them, if they are finite."""
     norms = np.where(np.isfinite(norms), norms, np.nan)
-    return sum(norms[i] > SPIKE * np.nanmedian(norms[max(0, i - MEMORY) : i]) for i in range(1, len(norms)))
+    return [i for i in range(1, len(norms)) if norms[i] > SPIKE * np.nanmedian(norms[max(0, i - MEMORY) : i])]
 
 
 def stability_row(log, settings):
@@ -189,7 +191,7 @@ def stability_row(log, settings):
     later = norms[settings.warmup_steps :]
     diverged = last < settings.max_steps or not np.isfinite(log["val_loss"][-1])
     return {
-        "spikes": spikes(norms),
+        "spikes": len(spikes(norms)),
         "skipped steps": int((~np.isfinite(norms)).sum()),
         "highest norm": f"{np.nanmax(norms):.2f}",
         "after the warmup": f"{np.nanmax(later):.2f}" if len(later) else "",
@@ -207,6 +209,8 @@ def stability(logs, runs, folder):
         log, labels = read_log(logs, name), {"peak learning rate": f"{rate:g}", "attn": attn}
         rows.append(labels | stability_row(log, runs[name].settings))
         axis.plot(log["step"], log["grad_norm"], color=COLORS[attn], linewidth=0.6)
+        found = spikes(log["grad_norm"])
+        axis.plot(log["step"][found], log["grad_norm"][found], "k.", markersize=5)
         axis.set(yscale="log", title=f"{attn}, peak learning rate {rate:g}")
     for axis in axes[-1]:
         axis.set(xlabel="step")
@@ -262,6 +266,8 @@ def inside(logs, runs, folder):
     axes[0].axhline(one["answer_tokens"] / one["length"], color="lightgray", zorder=0, label="if uniform")
     axes[2].axhline(one["context_rms"]["bound"], color="lightgray", zorder=0, label="least of a softmax, 1/sqrt(n)")
     axes[0].set(xlabel="layer", title="share of attention on the answer", yscale="log")
+    even = 2 / one["length"] * np.log(2)  # the mean of 1 / n over the second half of a text
+    axes[1].axhline(even, color="lightgray", zorder=0, label="if uniform")
     axes[1].set(xlabel="layer", title="share of attention on the first token")
     axes[2].set(xlabel="layer", title="norm of the weights of a query", yscale="log")
     axes[3].set(xlabel="layer", title="RMS of a head's output over that of its values", yscale="log")
@@ -335,7 +341,7 @@ def maps(logs, runs, folder):
         for axis, kind in zip(row, kinds):
             values = np.array(head[kind])
             axis.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
-            axis.set(xticks=range(len(tokens)), yticks=range(len(tokens)))
+            axis.set(xticks=range(len(tokens)), yticks=range(len(tokens)), xlabel="key", ylabel="query")
             axis.set_xticklabels(tokens, rotation=90, fontsize=6)
             axis.set_yticklabels(tokens, fontsize=6)
             title = kind if kind != "difference" else f"first - {head['factor']:.2f} second (of the last token)"
@@ -350,6 +356,7 @@ def legend_above(axis):
 
 
 def save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

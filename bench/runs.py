@@ -219,6 +219,7 @@ def make_missing(runs, arguments):
     for name, plan in runs.items():
         log, folder = log_path(arguments.logs, name), Path(arguments.out) / name
         if log.exists() and not folder.exists():
+            print(f"{name}: done, see {log}")
             continue
         try:
             with train.locked(folder):

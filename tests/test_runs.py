@@ -172,15 +172,15 @@ def test_shrunk_runs_keep_what_they_are_about():
         assert small.settings.learning_rate == plan.settings.learning_rate
 
 
-def test_spikes_are_counted_against_the_median_before():
-    assert figures.spikes(np.ones(50)) == 0
+def test_spikes_are_found_against_the_median_before():
+    assert figures.spikes(np.ones(50)) == []
     norms = np.ones(300)
     norms[[120, 250]] = 10.5
     norms[200] = 9.9
-    assert figures.spikes(norms) == 2
+    assert figures.spikes(norms) == [120, 250]
     risen = np.concatenate((np.ones(10), np.full(200, 20.0)))  # a new level is a spike until half the memory is on it
-    assert figures.spikes(risen) == 10
-    assert figures.spikes(np.array([1.0, 1.0, np.nan, 1.0, 11.0])) == 1
+    assert figures.spikes(risen) == list(range(10, 20))
+    assert figures.spikes(np.array([1.0, 1.0, np.nan, 1.0, 11.0])) == [4]
 
 
 def test_smoothing_and_spread():
