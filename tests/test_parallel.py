@@ -329,7 +329,35 @@ def test_only_what_is_trained_stays_float32_on_the_gpu():
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+FLOAT32 = f"""
+import contextlib, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import parallel, train
+from data import run_script
+
+train.autocast = lambda device: contextlib.nullcontext()
+torch.set_float32_matmul_precision = lambda precision: None
+policy = parallel.MixedPrecisionPolicy
+parallel.MixedPrecisionPolicy = lambda **dtypes: policy(cast_forward_inputs=False)
+run_script(train.main)
+"""
+
+
+@needs_two_gpus
+def test_two_gpus_have_the_losses_of_one_in_float32(home, tmp_path):
+    """NCCL against one process, without what bf16 and TF32 round away."""
+    script = tmp_path / "float32.py"
+    script.write_text(FLOAT32)
+    flags = [*PRETRAIN, "--dataset", home / "set", "--max_steps", 20, "--device", "cuda", "--compile", "off"]
+    launch(1, script, tmp_path / "one", *flags)
+    launch(2, script, tmp_path / "two", *flags, "--micro_batch_size", 1)
+    one, two = (torch.tensor(log_of(tmp_path / name))[:, 1] for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+
+
+@needs_two_gpus
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_two_gpus_have_the_losses_of_one(home, tmp_path, attn):
     """In bf16, and compiled."""
