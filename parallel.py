@@ -107,8 +107,9 @@ def shard(build, device, compile=None):
     for module in (*model.layers, model.norm) if compile else ():
         module.forward = compile(module.forward)
     for module in (*model.layers, model):
-        saves_memory = getattr(module, "recompute", False)  # a layer that does not keep its activations either
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=saves_memory)
+        # A layer that keeps its activations for the backward pass can stay gathered until then as well.
+        release = getattr(module, "recompute", False)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=release)
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(module, "lambdas" if module is model else "lam")

@@ -275,7 +275,7 @@ def inside(logs, runs, folder):
         legend_above(axis)
     save(figure, folder / "attention.png")
     print_table("Needles: shares of the last token's attention, mean over layers and heads", needle_rows(probes))
-    print_table("Attention sink: the first token's share in the second half of a text, by layer", sink_rows(probes))
+    print_table("Attention sink: the first token's share in the second half of a text", sink_rows(probes))
     print_table("Norm of a query's weights (the RMS it reads from uncorrelated values of RMS 1)", norm_rows(probes))
 
 
@@ -295,6 +295,7 @@ def needle_rows(probes):
 
 
 def kind_name(attn, kind):
+    """What a table calls the weights that count where they are a difference of two maps."""
     return "difference" if kind == "weights" and attn != "vanilla" else kind
 
 
@@ -303,8 +304,8 @@ def sink_rows(probes):
     for attn, seeds in probes.items():
         for kind in seeds[0]["sink"]:
             layers = np.array([probe["sink"][kind] for probe in seeds])
-            row = {"attn": attn, "weights": kind_name(attn, kind), "mean": spread(layers.mean(1), 5)}
             by_layer = layers.mean(0)
+            row = {"attn": attn, "weights": kind_name(attn, kind), "mean": spread(layers.mean(1), 5)}
             rows.append(row | {"highest": f"{by_layer.max():.4f}", "in layer": by_layer.argmax()})
     return rows
 

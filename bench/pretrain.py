@@ -58,8 +58,8 @@ def measure(attn, length, arguments, device):
     config = dataclasses.replace(config, attn_impl=arguments.attn_impl)
     recompute = train.PRESETS[arguments.preset].get("activation_checkpointing", False)
     step, model = training_step(config, arguments.tokens, device, arguments.compile, recompute=recompute)
-    few = SMOKE if arguments.smoke else {} if arguments.preset == "ldiff" else LARGE
-    ms = median_ms(step, device, **few)
+    usual = {} if arguments.preset == "ldiff" else LARGE
+    ms = median_ms(step, device, **(SMOKE if arguments.smoke else usual))
     speed, peak = 1000 * arguments.tokens / ms, train.peak_flops(device)
     mfu = speed * model.flops_per_token() / peak if peak else None
     figures = dict(step_ms=ms, tokens_per_s=speed, mfu=mfu, peak_gib=peak_gib(device))

@@ -206,6 +206,33 @@ def test_early_loss_and_its_distance_from_the_baselines():
     assert row["to 1000, against (d)"].startswith("-13.")
 
 
+def test_gradient_norms_seed_by_seed():
+    calm, wild = np.ones(300), np.ones(300)
+    wild[[50, 250]] = 50.0, 20.0
+    row = figures.norm_row("run", [log_of(calm), log_of(np.ones(300), wild)])
+    assert row == {"run": "run", "spikes": "0, 2", "highest after the warmup": "1.0, 20.0"}
+
+
+def test_the_attention_sink_by_layer_and_kind_of_weights():
+    probes = {
+        "vanilla": [dict(sink=dict(weights=[0.1, 0.4])), dict(sink=dict(weights=[0.3, 0.2]))],
+        "v1": [dict(sink=dict(weights=[0.1, 0.0], first=[0.0, 0.5]))],
+    }
+    plain, difference, first = figures.sink_rows(probes)
+    assert (plain["weights"], plain["mean"], plain["highest"]) == ("weights", "0.25000 ± 0.00000", "0.3000")
+    assert plain["in layer"] == 1
+    assert (difference["weights"], difference["mean"], difference["in layer"]) == ("difference", "0.05000", 0)
+    assert (first["weights"], first["highest"], first["in layer"]) == ("first", "0.5000", 1)
+
+
+def test_a_picture_makes_its_folder(tmp_path):
+    figure, axis = figures.plt.subplots()
+    axis.plot([1, 2], label="line")
+    figures.legend_above(axis)
+    figures.save(figure, tmp_path / "new" / "picture.png")
+    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_stability_of_a_run():
     settings = train.Settings(max_steps=6, warmup_steps=2)
     row = figures.stability_row(log_of([5, 4, 3, 3, 2, 2], [9, 1, 1, 3, np.inf, 1], [np.nan] * 5 + [2.5]), settings)
