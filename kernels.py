@@ -334,7 +334,8 @@ def decode_attention(q, k, v, position):
     B, _, H, D = q.shape
     S, K, G, Dv = k.size(1), k.size(2), v.size(2), v.size(3)
     programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count  # one loads while another waits
-    splits = min(triton.cdiv(S, 64), max(1, programs // (B * G)), 128)
+    splits = min(max(1, programs // (B * G)), 128)
+    splits = min(1 << splits.bit_length() - 1, triton.cdiv(S, 64))  # a power of two is combined without gaps
     parts = torch.empty(B, H, splits, Dv, device=q.device, dtype=q.dtype if splits == 1 else torch.float32)
     log_totals = torch.empty(B, H, splits, device=q.device)
     _decode_kernel[(B * G, splits)](
@@ -348,7 +349,7 @@ def decode_attention(q, k, v, position):
     out = torch.empty(B, 1, H, Dv, device=q.device, dtype=q.dtype)
     _combine_kernel[(B * H,)](
         parts, log_totals, out, splits, PARTS=triton.next_power_of_2(splits),
-        DV=Dv, WIDTH=triton.next_power_of_2(Dv), num_warps=8,
+        DV=Dv, WIDTH=triton.next_power_of_2(Dv), num_warps=4 if splits <= 32 else 8,
     )  # fmt: skip
     return out
 
