@@ -580,7 +580,7 @@ def test_gpu_loss_and_gradients_of_bf16_products():
 
 @needs_gpu
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("B, S, position", [(1, 1000, 999), (1, 30000, 29876), (3, 1000, 130), (70, 90, 0)])
+@pytest.mark.parametrize("B, S, position", [(1, 700, 699), (1, 30000, 29876), (3, 1000, 130), (70, 90, 0)])
 @pytest.mark.parametrize(
     "H, K, G, D, Dv",
     [
