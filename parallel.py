@@ -34,6 +34,12 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, LOCAL_RANK, PROCESSES = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
+def refuse_several():
+    """Raise UserError in a script that several processes would only run several times."""
+    if PROCESSES > 1:
+        raise UserError("this runs as one process, without torchrun")
+
+
 @contextlib.contextmanager
 def started():
     """Connect the processes, and silence all but the first; one that loses another raises UserError."""
@@ -261,10 +267,11 @@ def complete(checkpoint, out_dir):
 
 
 def main():
+    refuse_several()
     parser = Parser(__doc__)
     parser.add_argument("out_dir", type=Path, help="a run's folder, whose ckpt.pt becomes one file")
     path = parser.parse_args().out_dir / train.NEWEST
-    with train.locked(path.parent):
+    with train.locked(path.parent, make=False):
         train.save_checkpoint(path, **train.load_checkpoint(path))
     print(f"{path} is one file now")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 from data import UserError, run_script
 from data.chat import render_prompt
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
@@ -139,6 +140,7 @@ def read_message():
 
 
 def main():
+    parallel.refuse_several()
     settings = Settings(**parse_flags(Settings, __doc__, {}))
     speaker = Speaker(settings)
     torch.manual_seed(settings.seed)

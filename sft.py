@@ -68,8 +68,7 @@ def choose_settings(given, settings_class, presets, stage):
         raise UserError(f"there is no {path} yet: train the stage before, or name another checkpoint with --init_from")
     start = train.load_checkpoint(path)
     tokenizer, attn = start["data"].get("tokenizer"), start["config"].get("attn")
-    if given.get("attn", attn) != attn:
-        raise UserError(f"the model in {path} has the attention {attn}, not {given['attn']}")
+    train.check_attn(given, start)
     fitting = "tiny" if tokenizer == "bytes" else "ldiff"
     preset = train.choose_preset(given, fitting, f"{path} has the tokenizer {tokenizer}")
     return settings_class(**{**presets[preset], **given, "preset": preset, "attn": attn}), start
@@ -300,7 +299,7 @@ class SFT(FineTuning):
 
 def main():
     given = train.parse_flags(Settings, __doc__, PRESETS["tiny"])
-    with parallel.started(), train.locked(given.get("out_dir", Settings.out_dir)):
+    with parallel.started(), train.locked(given.get("out_dir", Settings.out_dir), not given.get("resume")):
         train.carry_out(SFT(*choose_settings(given, Settings, PRESETS, SFT.stage)))
 
 

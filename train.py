@@ -101,7 +101,7 @@ def parse_flags(settings_class, description, tiny, argv=None):
     for f in fields(settings_class):
         if f.name in given and not is_allowed(f, given[f.name]):
             least, most = f.metadata["least"], f.metadata["most"]
-            limit = f"the least is {least}" + (f", the most {most}" if most < 2**63 - 1 else "")
+            limit = f"the least is {least}" + (f", the most {most}" if most < 2**63 - 1 or given[f.name] > most else "")
             parser.error(f"--{f.name} {given[f.name]} is out of range; {limit}")
     return given
 
@@ -179,10 +179,12 @@ class Busy(UserError):
 
 
 @contextlib.contextmanager
-def locked(out_dir):
-    """Make the folder of a run and keep other runs out of it, from before its checkpoint is read, since another run
-    could save a newer one after that; what a killed run left half written is removed."""
+def locked(out_dir, make=True):
+    """Make the folder of a run, unless it should be there, and keep other runs out of it, from before its checkpoint is
+    read, since another run could save a newer one after that; what a killed run left half written is removed."""
     out_dir = Path(out_dir)
+    if not make and not out_dir.is_dir():
+        raise UserError(f"there is no checkpoint {out_dir / NEWEST}: no such folder; --out_dir names the run's")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(out_dir / "lock", os.O_CREAT | os.O_WRONLY, 0o666)
@@ -240,7 +242,11 @@ def load_checkpoint(path):
         missing = [n for n in ("model", "config", "settings", "data") if not isinstance(checkpoint.get(n), dict)]
         missing += [n for n, kind in (("step", int), ("stage", str)) if not isinstance(checkpoint.get(n), kind)]
         if "parts" in checkpoint:
+            if not (Path(path).parent / checkpoint["parts"]).is_dir():
+                raise Damaged(f"{path} needs the folder {checkpoint['parts']} beside it")
             parallel.complete(checkpoint, Path(path).parent)
+    except Damaged:
+        raise
     except FileNotFoundError as error:
         raise Damaged(f"there is no checkpoint {path}") from error
     except OSError as error:
@@ -268,7 +274,11 @@ def load_latest(out_dir):
         if not previous.exists():
             hint = "there is none before it, but --init_from best.pt would begin a new run with the weights there"
             raise Damaged(f"{error}; {hint}") from error
-        checkpoint = load_checkpoint(previous)
+        try:
+            checkpoint = load_checkpoint(previous)
+        except Damaged as second:
+            hint = "--init_from best.pt would begin a new run with the weights there"
+            raise Damaged(f"{error}, and {second}; {hint}") from second
         print(f"{error}; going on from the one before it, of step {checkpoint['step']}")
         if newest.exists():
             newest.replace(out_dir / DAMAGED)
@@ -565,7 +575,10 @@ def fit(run, log):
     s = run.settings
     with stop_signals() as stop:
         if not run.done:  # what training has to improve on
-            print(f"before the first step:\n{run.validate(0)[1]}", flush=True)
+            values, line = run.validate(0)
+            print(f"before the first step:\n{line}", flush=True)
+            if not math.isfinite(values["val_loss"]):
+                raise UserError("the model to begin with gives a loss that is not finite")
         log.open(run.done)
         steps = range(run.done + 1, s.max_steps + 1)
         for step, (work, micro_batches) in zip(steps, prefetch(run.make_batch, steps, run.device)):
@@ -840,8 +853,16 @@ def choose_settings(given):
     start = load_checkpoint(given["init_from"]) if given.get("init_from") else None
     shape = shape_of(preset, given.get("attn", Settings.attn))
     if start:
+        check_attn(given, start)
         shape = {name: start["config"][name] for name in SHAPE_FLAGS if name in start["config"]}
     return Settings(**{**PRESETS[preset], **shape, **given, "preset": preset}), start
+
+
+def check_attn(given, start):
+    """Raise UserError if the flags name another attention than that of the checkpoint to start from."""
+    attn = start["config"].get("attn")
+    if given.get("attn", attn) != attn:
+        raise UserError(f"the model to start from has the attention {attn}, not {given['attn']}")
 
 
 def build_config(settings, vocab_size):
@@ -983,7 +1004,7 @@ class Pretraining(Run):
 def main():
     tiny = {**PRESETS["tiny"], **SHAPES["tiny", Settings.attn]}
     given = parse_flags(Settings, __doc__, tiny)
-    with parallel.started(), locked(given.get("out_dir", Settings.out_dir)):
+    with parallel.started(), locked(given.get("out_dir", Settings.out_dir), not given.get("resume")):
         carry_out(Pretraining(*choose_settings(given)))
 
 

@@ -36,8 +36,11 @@ def count(text):
     return int(text)
 
 
-def parse_arguments(name, description, **flags):
-    """The arguments of bench.NAME, whose `flags` are {name: keywords of add_argument}, and its device."""
+def parse_arguments(name, description, several=False, **flags):
+    """The arguments of bench.NAME, whose `flags` are {name: keywords of add_argument}, and its device. Only with
+    `several` it may run in several processes."""
+    if not several:
+        parallel.refuse_several()
     parser = Parser(description, prog=f"python -m bench.{name}")
     for flag, keywords in flags.items():
         if keywords.get("default") and "action" not in keywords:
@@ -57,11 +60,11 @@ def batch_size(tokens, length):
     return tokens // length
 
 
-def model_config(attn, block_size, smoke, preset="ldiff"):
+def model_config(attn, block_size, smoke, preset="ldiff", attn_impl="auto"):
     """The shape of a preset's model, or to try things of the tiny one."""
     preset = "tiny" if smoke else preset
     shape = {**train.PRESETS[preset], **train.shape_of(preset, attn), "attn": attn, "block_size": block_size}
-    return train.build_config(train.Settings(**shape), vocab_size=257 if smoke else 50257)
+    return train.build_config(train.Settings(**shape, attn_impl=attn_impl), vocab_size=257 if smoke else 50257)
 
 
 def chunked_loss(model, inputs, targets):

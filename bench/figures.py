@@ -12,15 +12,16 @@ import itertools
 import json
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
-from bench.runs import LEARNING_RATES, add_flags, log_path, make_missing, parse
-from data import Parser, run_script
-from model import ATTENTION
+from bench.runs import KINDS, LEARNING_RATES, add_flags, log_path, make_missing, parse
+from data import Parser, UserError, fail, run_script
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+try:
+    import matplotlib.pyplot as plt
+except ImportError:
+    fail("the pictures need matplotlib: pip install -r requirements-dev.txt")
+plt.switch_backend("Agg")
 
 COLORS = {"vanilla": "tab:gray", "v1": "tab:orange", "v2": "tab:blue", "vanilla-bare": "black", "v1-bare": "tab:red"}
 NAMES = {
@@ -38,8 +39,11 @@ SPIKE, MEMORY = 10, 100  # a gradient norm above SPIKE times the median of the M
 def read_log(logs, name):
     """The columns of a finished run's log, each an array with a number for every step, NaN where there is none; of
     `lambdas`, one for every layer."""
-    with open(log_path(logs, name), newline="", encoding="utf-8") as file:
+    path = log_path(logs, name)
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    if not rows or "lambdas" not in rows[0]:
+        raise UserError(f"{path} is no log of bench.runs; without it, the run is made again")
     log = {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0] if key != "lambdas"}
     layers = max(len(row["lambdas"].split()) for row in rows)
     empty = [float("nan")] * layers
@@ -165,14 +169,14 @@ def wikitext2(logs, runs, folder):
 def corpus(logs, runs, folder):
     rows = held_out_rows(logs, runs, "corpus", lambda losses: losses[-1])
     print_table("Held-out loss on the larger corpus, at the end", rows)
-    kinds = {attn: read_seeds(logs, runs, f"corpus/{attn}-") for attn in ATTENTION}
+    kinds = {attn: read_seeds(logs, runs, f"corpus/{attn}-") for attn in KINDS}
     print_table("Gradient norm there, seed by seed", [norm_row(attn, seeds) for attn, seeds in kinds.items()])
 
 
 def held_out_rows(logs, runs, group, choose):
     """For each kind of attention, over seeds, the validation loss that choose() takes of a run's."""
     rows = []
-    losses = {k: [choose(log["val_loss"]) for log in read_seeds(logs, runs, f"{group}/{k}-")] for k in ATTENTION}
+    losses = {k: [choose(log["val_loss"]) for log in read_seeds(logs, runs, f"{group}/{k}-")] for k in KINDS}
     for attn, values in losses.items():
         gaps = [value - plain for value, plain in zip(values, losses["vanilla"])]
         row = {"attn": attn, "seeds": len(values), "held-out loss, nats": spread(values)}
@@ -202,9 +206,9 @@ def stability_row(log, settings):
 
 
 def stability(logs, runs, folder):
-    figure, axes = plt.subplots(len(LEARNING_RATES), len(ATTENTION), figsize=(13, 7), sharex=True, sharey=True)
+    figure, axes = plt.subplots(len(LEARNING_RATES), len(KINDS), figsize=(13, 7), sharex=True, sharey=True)
     rows = []
-    for (row, rate), (column, attn) in itertools.product(enumerate(LEARNING_RATES), enumerate(ATTENTION)):
+    for (row, rate), (column, attn) in itertools.product(enumerate(LEARNING_RATES), enumerate(KINDS)):
         name, axis = f"rates/{attn}-{rate:g}", axes[row, column]
         log, labels = read_log(logs, name), {"peak learning rate": f"{rate:g}", "attn": attn}
         rows.append(labels | stability_row(log, runs[name].settings))
@@ -243,7 +247,7 @@ def read_probes(logs, runs):
     """For each kind of attention what bench.probes found, of every seed."""
     names = [name for name in runs if name.startswith("corpus/")]
     found = [json.loads(log_path(logs, name).with_suffix(".json").read_text(encoding="utf-8")) for name in names]
-    return {attn: [probe for probe in found if probe["attn"] == attn] for attn in ATTENTION}
+    return {attn: [probe for probe in found if probe["attn"] == attn] for attn in KINDS}
 
 
 def inside(logs, runs, folder):

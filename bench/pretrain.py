@@ -8,7 +8,6 @@ torchrun --standalone --nproc_per_node=2 -m bench.pretrain --preset 10b --attn v
 All tokens of a step are in memory at once, with several processes in equal parts.
 """
 
-import dataclasses
 import itertools
 import statistics
 import tempfile
@@ -54,8 +53,7 @@ FLAGS = dict(
 
 def measure(attn, length, arguments, device):
     fresh_memory(device)
-    config = model_config(attn, length, arguments.smoke, arguments.preset)
-    config = dataclasses.replace(config, attn_impl=arguments.attn_impl)
+    config = model_config(attn, length, arguments.smoke, arguments.preset, arguments.attn_impl)
     recompute = train.PRESETS[arguments.preset].get("activation_checkpointing", False)
     step, model = training_step(config, arguments.tokens, device, arguments.compile, recompute=recompute)
     usual = {} if arguments.preset == "ldiff" else LARGE
@@ -111,7 +109,7 @@ def measure_loop(attn, length, arguments, device):
 
 
 def main():
-    arguments, device = parse_arguments("pretrain", __doc__, **FLAGS)
+    arguments, device = parse_arguments("pretrain", __doc__, several=True, **FLAGS)
     if arguments.profile and device.type != "cuda":
         raise UserError("--profile lists the kernels of a GPU, and the device is a CPU")
     if arguments.smoke:

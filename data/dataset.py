@@ -223,16 +223,17 @@ def _begun(directory, tokenizer, source, source_bytes, shard_tokens):
     there is one."""
     settings = dict(tokenizer=tokenizer, source=source, source_bytes=source_bytes, shard_tokens=shard_tokens)
     path, none = directory / "progress.json", {"train": 0, "val": 0}
+    goes_on = path.exists() and not (directory / "meta.json").exists()
+    meta = read_meta(directory, name=path.name) if goes_on else {}
+    for name, value in settings.items():
+        if meta.get(name, value) != value:
+            raise UserError(f"{directory} was begun with {name} {meta[name]}, not {value}; delete {path} to begin anew")
     new = settings | {"vocab_size": get_tokenizer(tokenizer).n_vocab, "tokens": none, "crc32": dict(none), "shards": []}
     new |= {"report": {"documents": 0, "rows without a text": 0}, "position": None}
-    if (directory / "meta.json").exists() or not path.exists():
+    if not goes_on:
         return new
-    meta = read_meta(directory, name=path.name)
     if meta.keys() != new.keys():
         raise UserError(f"{path} is damaged; delete it to prepare the data again")
-    for name, value in settings.items():
-        if meta[name] != value:
-            raise UserError(f"{directory} was begun with {name} {meta[name]}, not {value}; delete {path} to begin anew")
     print(f"{directory}: going on after {len(meta['shards'])} shards")
     return meta
 
@@ -470,7 +471,7 @@ def read_meta(directory, tokenizer="", name="meta.json"):
     if tokenizer not in ("", meta["tokenizer"]):
         raise UserError(
             f"{directory} was prepared with --tokenizer {meta['tokenizer']}, not {tokenizer}; "
-            "give the other data another --dataset name, or delete the folder and prepare it again"
+            f"give the other data another --dataset name, or delete {path} to prepare it again"
         )
     return meta
 
@@ -554,7 +555,7 @@ def open_examples(directory, split, meta, group, block_size):
     if meta.get("block_size") != block_size:
         raise UserError(
             f"{directory} was made for a context of {meta.get('block_size')}, and the model has one of {block_size}; "
-            "give the other data another --dataset name, or delete the folder and prepare it again"
+            f"give the other data another --dataset name, or delete {directory / 'meta.json'} to prepare it again"
         )
     ids = open_tokens(directory, split, meta)
     mask = _memory_map(directory / f"{split}.mask.bin", np.uint8, tokens)

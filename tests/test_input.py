@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import dpo
+import parallel
 import sample
 import sft
 import train
@@ -107,6 +109,18 @@ def copy(source, target):
     return setup
 
 
+def not_finite(path):
+    """A function that makes the weights of a checkpoint's model NaN."""
+
+    def setup():
+        content = torch.load(path, weights_only=True)
+        for weight in content["model"].values():
+            weight.fill_(float("nan"))
+        torch.save(content, path)
+
+    return setup
+
+
 def moment(change):
     """A function that changes the first matrix's momentum in a checkpoint to resume from."""
 
@@ -185,6 +199,7 @@ FLAGS = [
     ("device of two lines", None, "train --device 'a\nb'", "--device a b is not available here"),
     ("batch in unequal parts", None, "train --batch_size 6 --micro_batch_size 4", "6 is not a multiple of .* 4"),
     ("batch of SFT in unequal parts", None, "sft --batch_size 6 --micro_batch_size 4", "6 is not a multiple of .* 4"),
+    ("a rate beyond all numbers", None, "train --learning_rate 1e30", "the least is 0, the most 9223372036854775807"),
     ("odd head_dim", None, "train --head_dim 15", "head_dim must be even, not 15"),
     ("key heads that do not fit", None, "train --n_head 3 --n_kv_head 2", "n_head 3 is not a multiple of n_kv_head 2"),
     ("odd heads of V1", None, "train --attn v1 --n_head 3", "n_kv_head must be even, not 3"),
@@ -192,7 +207,13 @@ FLAGS = [
     ("a width beyond all numbers", None, "train --n_embd 9000000000000000000", "the memory is full"),
     ("a batch beyond the memory", None, "train --batch_size 9000000000000000000", "the memory is full"),
     ("LoRA rank above the width", None, "sft --lora_rank 17", r"LoRA rank 17 does not fit a matrix of \(\d+, 16\)"),
-    ("another attention", None, "sft --attn v1", "the model in out/pretrain/best.pt has the attention v2, not v1"),
+    ("another attention", None, "sft --attn v1", "the model to start from has the attention v2, not v1"),
+    (
+        "another attention to pretrain",
+        None,
+        "train --attn v1 --init_from out/pretrain/best.pt",
+        "the model to start from has the attention v2, not v1",
+    ),
     (
         "batch larger than the data",
         None,
@@ -208,8 +229,10 @@ RUNS = [
      "another run is writing to out/pretrain; --out_dir names"),
     ("two runs of SFT", locked("out/sft"), "sft", "another run is writing to out/sft"),
     ("two resumed runs", locked("out/sft"), "sft --resume --max_steps 9", "another run is writing to out/sft"),
-    ("nothing to resume", None, "train --resume --out_dir new", "there is no checkpoint new/ckpt.pt to resume from"),
-    ("nothing to resume in DPO", None, "dpo --resume", "there is no checkpoint out/dpo/ckpt.pt to resume from"),
+    ("nothing to resume", None, "train --resume --out_dir new", "there is no checkpoint new/ckpt.pt: no such folder"),
+    ("a folder without a run to resume", lambda: os.mkdir("new"), "train --resume --out_dir new",
+     "there is no checkpoint new/ckpt.pt to resume from"),
+    ("nothing to resume in DPO", None, "dpo --resume", "there is no checkpoint out/dpo/ckpt.pt: no such folder"),
     ("resume with a preset", None, "train --resume --preset tiny", "--resume goes on .* does not go with --preset"),
     ("resume with a model", None, "sft --resume --init_from x.pt", "--resume goes on .* does not go with --init_from"),
     ("resume of another stage", None, "dpo --resume --out_dir out/sft", "a checkpoint of the stage sft, not dpo"),
@@ -258,6 +281,17 @@ CHECKPOINTS = [
     ("checkpoint with a wrong byte", cut("out/sft/best.pt", lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:]),
      "sample", "out/sft/best.pt is damaged"),
     ("damaged checkpoint to resume", write("out/sft/ckpt.pt", "x"), "sft --resume", "; there is none before it"),
+    (
+        "damaged checkpoints to resume",
+        lambda: (write("out/sft/ckpt.pt", "x")(), write("out/sft/ckpt-previous.pt", "")()),
+        "sft --resume",
+        r"sft/ckpt.pt is damaged.* and out/sft/ckpt-previous.pt is damaged.*; --init_from best.pt",
+    ),
+    ("weights that are no numbers", not_finite("out/sft/best.pt"), "dpo", "begin with gives a loss that is not finite"),
+    ("weights that are no numbers to train on", not_finite("out/pretrain/best.pt"),
+     "train --init_from out/pretrain/best.pt", "begin with gives a loss that is not finite"),
+    ("checkpoint without its parts", checkpoint("out/sft/best.pt", parts="parts-8"), "sample",
+     "out/sft/best.pt needs the folder parts-8 beside it"),
     ("malicious pickle", lambda: torch.save(Harm(), "bad.pt"), "sample --init_from bad.pt", r"bad.pt .*\(Unpickling"),
     ("malicious pickle in a checkpoint", checkpoint("out/sft/best.pt", stage=Harm()), "sample", "best.pt is damaged"),
     ("malicious pickle of old", lambda: torch.save(Harm(), "bad.pt", _use_new_zipfile_serialization=False),
@@ -319,10 +353,10 @@ DATA_SETS = [
      "--dataset needs a name"),
     ("data set of another stage", None, "sft --dataset wikitext2", "wikitext2 is not for sft; slimorca and tiny are"),
     ("conversations to pretrain on", None, "train --dataset slimorca", "is not for pretraining; wikitext2 and tiny"),
-    ("data of another tokenizer", None, "train --tokenizer gpt2", "was prepared with --tokenizer bytes, not gpt2"),
+    ("data of another tokenizer", None, "train --tokenizer gpt2", "not gpt2; .* or delete mine/meta.json to"),
     ("context longer than the data", None, "train --block_size 9999", r"has [\d,]+ tokens: too few for .* of 9999"),
     ("examples for another context", meta("mine/sft", block_size=64), "sft",
-     "was made for a context of 64, and the model has one of 96"),
+     "was made for a context of 64, and the model has one of 96; .* or delete mine/sft/meta.json to"),
     ("empty .bin", write("mine/train.bin", ""), "train", "cannot read mine/train.bin: "),
     ("truncated .bin", cut("mine/train.bin", lambda b: b[:100]), "train",
      r"has 50 entries, by meta.json it .* \d+: dam"),
@@ -425,6 +459,8 @@ BENCHMARKS = [
     ("unknown implementation", None, "attention --impl fast", "argument --impl: invalid choice: 'fast'"),
     ("implementation without a GPU", None, "attention --impl fused --device cpu",
      "no implementation is left to measure"),
+    ("kernel without its package", None, "pretrain --smoke --attn_impl flash_attn --device cpu",
+     "attn_impl flash_attn needs the flash-attn package"),
     ("unknown stage", None, "finetune --stage rl", "argument --stage: invalid choice: 'rl'"),
     ("unknown device", None, "decode --device gpu9", "--device gpu9 is not available here"),
     ("context too short to time", None, "decode --context 5 --device cpu", "--context 5 is shorter than the 32 tokens"),
@@ -481,3 +517,32 @@ def test_wrong_input(home, tmp_path, monkeypatch, capsys, setup, command, messag
     assert re.search(message, lines[0]), lines[0]
     assert not Path("harm").exists()
     del kept
+
+
+@pytest.mark.parametrize("script", ["sample", "decode", "finetune", "runs", "parts"])
+def test_several_processes_of_a_script_for_one(script, monkeypatch, capsys):
+    monkeypatch.setattr("parallel.PROCESSES", 2)
+    monkeypatch.setattr("sys.argv", [script])
+    with pytest.raises(SystemExit) as exit:
+        run_script({**MODULES, "parts": parallel}[script].main)
+    assert exit.value.code == 2 and "this runs as one process, without torchrun" in capsys.readouterr().err
+
+
+def test_no_compiler(capsys):
+    """What torch.compile raises on a machine without one."""
+
+    def compile():
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx")
+
+    with pytest.raises(SystemExit) as exit:
+        run_script(compile)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("error: torch.compile finds no C++ compiler; do without --compile")
+
+
+def test_pictures_without_matplotlib():
+    code = "import sys; sys.modules['matplotlib'] = None; import bench.figures"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the pictures need matplotlib: pip install -r requirements-dev.txt\n"

@@ -263,6 +263,12 @@ def test_pictures_and_tables_of_all_runs(tmp_path, monkeypatch, capsys):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
+def test_a_log_that_is_none(tmp_path):
+    (tmp_path / "run.csv").write_text("step,loss\n1,2\n")
+    with pytest.raises(UserError, match="run.csv is no log of bench.runs"):
+        figures.read_log(tmp_path, "run")
+
+
 # ------------------------------------------------------------------------------------- table 2
 
 
