@@ -333,10 +333,11 @@ def decode_attention(q, k, v, position):
     leave most of a GPU idle."""
     B, _, H, D = q.shape
     S, K, G, Dv = k.size(1), k.size(2), v.size(2), v.size(3)
-    # Two programs for each multiprocessor, so that one loads while another waits, or fewer, since the parts of a long
-    # context are a power of two: they fill the block of _combine_kernel.
+    # Two programs for each multiprocessor, so that one loads while another waits, or down to two thirds of them, where
+    # the parts of a long context can be a power of two, which fill the block of _combine_kernel.
     most = min(max(1, 2 * torch.cuda.get_device_properties(q.device).multi_processor_count // (B * G)), 128)
-    splits = min(1 << (most.bit_length() - 1), triton.cdiv(S, 64))
+    power = 1 << (most.bit_length() - 1)
+    splits = min(power if 3 * power >= 2 * most else most, triton.cdiv(S, 64))
     parts = torch.empty(B, H, splits, Dv, device=q.device, dtype=q.dtype if splits == 1 else torch.float32)
     log_totals = torch.empty(B, H, splits, device=q.device)
     _decode_kernel[(B * G, splits)](

@@ -68,7 +68,7 @@ def choose_settings(given, settings_class, presets, stage):
         raise UserError(f"there is no {path} yet: train the stage before, or name another checkpoint with --init_from")
     start = train.load_checkpoint(path)
     tokenizer, attn = start["data"].get("tokenizer"), start["config"].get("attn")
-    train.check_attn(given, start)
+    train.check_attn(given, start, path)
     fitting = "tiny" if tokenizer == "bytes" else "ldiff"
     preset = train.choose_preset(given, fitting, f"{path} has the tokenizer {tokenizer}")
     return settings_class(**{**presets[preset], **given, "preset": preset, "attn": attn}), start

@@ -184,7 +184,7 @@ def locked(out_dir, make=True):
     read, since another run could save a newer one after that; what a killed run left half written is removed."""
     out_dir = Path(out_dir)
     if not make and not out_dir.is_dir():
-        raise UserError(f"there is no checkpoint {out_dir / NEWEST}: no such folder; --out_dir names the run's")
+        raise UserError(f"there is no checkpoint {out_dir / NEWEST}: no such folder")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(out_dir / "lock", os.O_CREAT | os.O_WRONLY, 0o666)
@@ -307,7 +307,8 @@ def saved_config(checkpoint, attn_impl):
 
 
 def load_weights(model, checkpoint):
-    """Put a checkpoint's weights into a model and return it; raises UserError if they do not fit."""
+    """Put a checkpoint's weights into a model and return it; raises UserError if they do not fit, or are not
+    finite."""
     if "parts" in checkpoint:
         folder = checkpoint["parts"].parent
         raise UserError(f"the checkpoint is in parts; python parallel.py {folder} makes one file of it")
@@ -317,6 +318,8 @@ def load_weights(model, checkpoint):
         is_tuned = any(".lora_" in str(name) for name in checkpoint["model"])
         hint = ": its adapters are apart, but best.pt beside it holds the whole model" if is_tuned else ""
         raise UserError(f"the checkpoint's weights do not fit{hint}") from error
+    if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
+        raise UserError("the checkpoint's weights are not all finite: that run diverged")
     return model
 
 
@@ -575,10 +578,7 @@ def fit(run, log):
     s = run.settings
     with stop_signals() as stop:
         if not run.done:  # what training has to improve on
-            values, line = run.validate(0)
-            print(f"before the first step:\n{line}", flush=True)
-            if not math.isfinite(values["val_loss"]):
-                raise UserError("the model to begin with gives a loss that is not finite")
+            print(f"before the first step:\n{run.validate(0)[1]}", flush=True)
         log.open(run.done)
         steps = range(run.done + 1, s.max_steps + 1)
         for step, (work, micro_batches) in zip(steps, prefetch(run.make_batch, steps, run.device)):
@@ -853,16 +853,16 @@ def choose_settings(given):
     start = load_checkpoint(given["init_from"]) if given.get("init_from") else None
     shape = shape_of(preset, given.get("attn", Settings.attn))
     if start:
-        check_attn(given, start)
+        check_attn(given, start, given["init_from"])
         shape = {name: start["config"][name] for name in SHAPE_FLAGS if name in start["config"]}
     return Settings(**{**PRESETS[preset], **shape, **given, "preset": preset}), start
 
 
-def check_attn(given, start):
-    """Raise UserError if the flags name another attention than that of the checkpoint to start from."""
+def check_attn(given, start, path):
+    """Raise UserError if the flags name another attention than that of the checkpoint to start from, at `path`."""
     attn = start["config"].get("attn")
     if given.get("attn", attn) != attn:
-        raise UserError(f"the model to start from has the attention {attn}, not {given['attn']}")
+        raise UserError(f"the model in {path} has the attention {attn}, not {given['attn']}")
 
 
 def build_config(settings, vocab_size):

@@ -35,7 +35,6 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message}; --help lists the flags")
 
 
-NO_COMPILER = ("No working C++ compiler", "Failed to find C compiler")  # what torch.compile and Triton say
 # What torch and numpy say of more than the memory holds, where they do not raise a MemoryError.
 TOO_LARGE = ("can't allocate memory", "out of memory", "size calculation overflowed", "array is too big")
 
@@ -48,8 +47,10 @@ def explain(error):
         return str(error)
     if isinstance(error, MemoryError) or any(words in str(error) for words in TOO_LARGE):
         return "the memory is full; try a smaller batch or model"
-    if any(words in str(error) for words in NO_COMPILER):
+    if "No working C++ compiler" in str(error):
         return "torch.compile finds no C++ compiler; do without --compile, or with --compile off"
+    if "Failed to find C compiler" in str(error):
+        return "Triton finds no C compiler; install gcc, or set CC to another"
     return ""
 
 

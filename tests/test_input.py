@@ -207,12 +207,12 @@ FLAGS = [
     ("a width beyond all numbers", None, "train --n_embd 9000000000000000000", "the memory is full"),
     ("a batch beyond the memory", None, "train --batch_size 9000000000000000000", "the memory is full"),
     ("LoRA rank above the width", None, "sft --lora_rank 17", r"LoRA rank 17 does not fit a matrix of \(\d+, 16\)"),
-    ("another attention", None, "sft --attn v1", "the model to start from has the attention v2, not v1"),
+    ("another attention", None, "sft --attn v1", "the model in out/pretrain/best.pt has the attention v2, not v1"),
     (
         "another attention to pretrain",
         None,
         "train --attn v1 --init_from out/pretrain/best.pt",
-        "the model to start from has the attention v2, not v1",
+        "the model in out/pretrain/best.pt has the attention v2, not v1",
     ),
     (
         "batch larger than the data",
@@ -287,9 +287,9 @@ CHECKPOINTS = [
         "sft --resume",
         r"sft/ckpt.pt is damaged.* and out/sft/ckpt-previous.pt is damaged.*; --init_from best.pt",
     ),
-    ("weights that are no numbers", not_finite("out/sft/best.pt"), "dpo", "begin with gives a loss that is not finite"),
+    ("weights that are no numbers", not_finite("out/sft/best.pt"), "dpo", "weights are not all finite"),
     ("weights that are no numbers to train on", not_finite("out/pretrain/best.pt"),
-     "train --init_from out/pretrain/best.pt", "begin with gives a loss that is not finite"),
+     "train --init_from out/pretrain/best.pt", "weights are not all finite"),
     ("checkpoint without its parts", checkpoint("out/sft/best.pt", parts="parts-8"), "sample",
      "out/sft/best.pt needs the folder parts-8 beside it"),
     ("malicious pickle", lambda: torch.save(Harm(), "bad.pt"), "sample --init_from bad.pt", r"bad.pt .*\(Unpickling"),
@@ -459,8 +459,7 @@ BENCHMARKS = [
     ("unknown implementation", None, "attention --impl fast", "argument --impl: invalid choice: 'fast'"),
     ("implementation without a GPU", None, "attention --impl fused --device cpu",
      "no implementation is left to measure"),
-    ("kernel without its package", None, "pretrain --smoke --attn_impl flash_attn --device cpu",
-     "attn_impl flash_attn needs the flash-attn package"),
+    ("kernel without a GPU", None, "pretrain --smoke --attn_impl flash_attn --device cpu", "needs a CUDA GPU"),
     ("unknown stage", None, "finetune --stage rl", "argument --stage: invalid choice: 'rl'"),
     ("unknown device", None, "decode --device gpu9", "--device gpu9 is not available here"),
     ("context too short to time", None, "decode --context 5 --device cpu", "--context 5 is shorter than the 32 tokens"),
@@ -528,16 +527,31 @@ def test_several_processes_of_a_script_for_one(script, monkeypatch, capsys):
     assert exit.value.code == 2 and "this runs as one process, without torchrun" in capsys.readouterr().err
 
 
-def test_no_compiler(capsys):
-    """What torch.compile raises on a machine without one."""
+@pytest.mark.parametrize(
+    "words, advice",
+    [
+        ("InvalidCxxCompiler: No working C++ compiler found", "do without --compile, or with --compile off"),
+        ("Failed to find C compiler. Please specify via CC", "Triton finds no C compiler; install gcc"),
+    ],
+)
+def test_no_compiler(words, advice, capsys):
+    """What torch.compile and Triton raise on a machine without one."""
 
     def compile():
-        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx")
+        raise RuntimeError(words)
 
     with pytest.raises(SystemExit) as exit:
         run_script(compile)
-    assert exit.value.code == 2
-    assert capsys.readouterr().err.startswith("error: torch.compile finds no C++ compiler; do without --compile")
+    assert exit.value.code == 2 and advice in capsys.readouterr().err
+
+
+def test_several_processes_may_be_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("parallel.PROCESSES", 2)
+    monkeypatch.setattr("parallel.started", contextlib.nullcontext)
+    monkeypatch.setattr("sys.argv", shlex.split(f"pretrain --tokens 64 --length 64 --device cpu --out {tmp_path}"))
+    with pytest.raises(SystemExit):
+        run_script(bench_pretrain.main)
+    assert "--tokens 64 is not a multiple of --length 64 times 2 processes" in capsys.readouterr().err
 
 
 def test_pictures_without_matplotlib():

@@ -468,7 +468,7 @@ def test_checkpoints_of_another_shape(run):
     good = run()
     for flags, message in (
         (["--n_embd", 64], "n_embd 32, but the settings say 64"),
-        (["--attn", "vanilla"], "attn v2, but the settings say vanilla"),
+        (["--attn", "vanilla"], "has the attention v2, not vanilla"),
     ):
         with pytest.raises(UserError, match=message):
             run("--init_from", good / "ckpt.pt", *flags, out="other")
