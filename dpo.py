@@ -101,7 +101,7 @@ class DPO(sft.FineTuning):
 
 def main():
     given = parse_flags(Settings, __doc__, PRESETS["tiny"])
-    with parallel.started(), locked(given.get("out_dir", Settings.out_dir), not given.get("resume")):
+    with parallel.started(), locked(given.get("out_dir", Settings.out_dir), make=not given.get("resume")):
         carry_out(DPO(*sft.choose_settings(given, Settings, PRESETS, DPO.stage)))
 
 

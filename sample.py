@@ -17,7 +17,7 @@ from data import UserError, run_script
 from data.chat import render_prompt
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
 from model import ATTENTION_IMPLS, GPT, Decoder
-from train import choose_device, flag, load_checkpoint, load_weights, parse_flags, saved_config
+from train import check_kernel, choose_device, flag, load_checkpoint, load_weights, parse_flags, saved_config
 
 STAGES = ("dpo", "sft", "pretrain")  # the furthest first
 ENDS = (END_OF_TEXT, IM_START, IM_END)
@@ -52,6 +52,7 @@ class Speaker:
 
     def __init__(self, settings):
         self.settings, self.device = settings, choose_device(settings.device)
+        check_kernel(settings.attn_impl, self.device)
         path = settings.init_from or furthest_checkpoint()
         checkpoint = load_checkpoint(path)
         self.stage, self.config = checkpoint["stage"], saved_config(checkpoint, settings.attn_impl)

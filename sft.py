@@ -299,7 +299,7 @@ class SFT(FineTuning):
 
 def main():
     given = train.parse_flags(Settings, __doc__, PRESETS["tiny"])
-    with parallel.started(), train.locked(given.get("out_dir", Settings.out_dir), not given.get("resume")):
+    with parallel.started(), train.locked(given.get("out_dir", Settings.out_dir), make=not given.get("resume")):
         train.carry_out(SFT(*choose_settings(given, Settings, PRESETS, SFT.stage)))
 
 

@@ -151,7 +151,12 @@ def check_settings(settings, device):
     if settings.batch_size % (settings.micro_batch_size * processes):
         size = f"{settings.micro_batch_size}" + (f" times {processes} processes" if processes > 1 else "")
         raise UserError(f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {size}")
-    if settings.attn_impl == "flash_attn" and device.type != "cuda":
+    check_kernel(settings.attn_impl, device)
+
+
+def check_kernel(attn_impl, device):
+    """Raise UserError if the attention kernel is for another device."""
+    if attn_impl == "flash_attn" and device.type != "cuda":
         raise UserError(f"--attn_impl flash_attn needs a CUDA GPU, and the device is {device}")
 
 
@@ -271,14 +276,11 @@ def load_latest(out_dir):
     try:
         return load_checkpoint(newest)
     except Damaged as error:
-        if not previous.exists():
-            hint = "there is none before it, but --init_from best.pt would begin a new run with the weights there"
-            raise Damaged(f"{error}; {hint}") from error
         try:
             checkpoint = load_checkpoint(previous)
-        except Damaged as second:
+        except Damaged as older:
             hint = "--init_from best.pt would begin a new run with the weights there"
-            raise Damaged(f"{error}, and {second}; {hint}") from second
+            raise Damaged(f"{error}, and {older}; {hint}") from older
         print(f"{error}; going on from the one before it, of step {checkpoint['step']}")
         if newest.exists():
             newest.replace(out_dir / DAMAGED)
@@ -1004,7 +1006,7 @@ class Pretraining(Run):
 def main():
     tiny = {**PRESETS["tiny"], **SHAPES["tiny", Settings.attn]}
     given = parse_flags(Settings, __doc__, tiny)
-    with parallel.started(), locked(given.get("out_dir", Settings.out_dir), not given.get("resume")):
+    with parallel.started(), locked(given.get("out_dir", Settings.out_dir), make=not given.get("resume")):
         carry_out(Pretraining(*choose_settings(given)))
 
 

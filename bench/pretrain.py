@@ -112,8 +112,7 @@ def main():
     arguments, device = parse_arguments("pretrain", __doc__, several=True, **FLAGS)
     if arguments.profile and device.type != "cuda":
         raise UserError("--profile lists the kernels of a GPU, and the device is a CPU")
-    if arguments.attn_impl == "flash_attn" and device.type != "cuda":
-        raise UserError(f"--attn_impl flash_attn needs a CUDA GPU, and the device is {device}")
+    train.check_kernel(arguments.attn_impl, device)
     if arguments.smoke:
         arguments.tokens, arguments.length, arguments.loop = 256, [64], True
     with parallel.started():

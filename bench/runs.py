@@ -250,8 +250,8 @@ def add_flags(parser):
 
 def parse(parser):
     """The arguments, and the runs that they are about; in a smoke test, those of the first seed and what they need."""
-    arguments = parser.parse_args()
     parallel.refuse_several()
+    arguments = parser.parse_args()
     if arguments.smoke:
         arguments.out, arguments.logs = f"{arguments.out}/smoke", f"{arguments.out}/smoke/logs"
         shutil.rmtree(arguments.out, ignore_errors=True)

@@ -192,6 +192,7 @@ FLAGS = [
     ("unknown kernel", None, "sample --attn_impl fast", "argument --attn_impl: invalid choice: 'fast'"),
     ("unknown tokenizer", None, "train --tokenizer gpt3", "argument --tokenizer: invalid choice: 'gpt3' .*bytes"),
     ("flash_attn without a GPU", None, "train --attn_impl flash_attn", "flash_attn needs a CUDA GPU"),
+    ("flash_attn without a GPU to talk", None, "sample --attn_impl flash_attn", "flash_attn needs a CUDA GPU"),
     ("unknown device", None, "train --device gpu9", "--device gpu9 is not available here"),
     ("device that is not there", None, "sample --device cuda:99", "--device cuda:99 is not available here"),
     ("device without values", None, "dpo --device meta", "--device meta is not available here"),
@@ -232,6 +233,7 @@ RUNS = [
     ("nothing to resume", None, "train --resume --out_dir new", "there is no checkpoint new/ckpt.pt: no such folder"),
     ("a folder without a run to resume", lambda: os.mkdir("new"), "train --resume --out_dir new",
      "there is no checkpoint new/ckpt.pt to resume from"),
+    ("nothing to resume in SFT", None, "sft --resume --out_dir new", "no checkpoint new/ckpt.pt: no such folder"),
     ("nothing to resume in DPO", None, "dpo --resume", "there is no checkpoint out/dpo/ckpt.pt: no such folder"),
     ("resume with a preset", None, "train --resume --preset tiny", "--resume goes on .* does not go with --preset"),
     ("resume with a model", None, "sft --resume --init_from x.pt", "--resume goes on .* does not go with --init_from"),
@@ -280,7 +282,8 @@ CHECKPOINTS = [
     ("half a checkpoint", cut("out/sft/best.pt", lambda b: b[: len(b) // 2]), "dpo", "out/sft/best.pt is damaged"),
     ("checkpoint with a wrong byte", cut("out/sft/best.pt", lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:]),
      "sample", "out/sft/best.pt is damaged"),
-    ("damaged checkpoint to resume", write("out/sft/ckpt.pt", "x"), "sft --resume", "; there is none before it"),
+    ("damaged checkpoint to resume", write("out/sft/ckpt.pt", "x"), "sft --resume",
+     r"sft/ckpt.pt is damaged.* and there is no checkpoint out/sft/ckpt-previous.pt; --init_from best.pt"),
     (
         "damaged checkpoints to resume",
         lambda: (write("out/sft/ckpt.pt", "x")(), write("out/sft/ckpt-previous.pt", "")()),
@@ -521,7 +524,7 @@ def test_wrong_input(home, tmp_path, monkeypatch, capsys, setup, command, messag
 @pytest.mark.parametrize("script", ["sample", "decode", "finetune", "runs", "parts"])
 def test_several_processes_of_a_script_for_one(script, monkeypatch, capsys):
     monkeypatch.setattr("parallel.PROCESSES", 2)
-    monkeypatch.setattr("sys.argv", [script])
+    monkeypatch.setattr("sys.argv", [script, "--help"])  # a script that goes on ends there
     with pytest.raises(SystemExit) as exit:
         run_script({**MODULES, "parts": parallel}[script].main)
     assert exit.value.code == 2 and "this runs as one process, without torchrun" in capsys.readouterr().err
