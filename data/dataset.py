@@ -72,6 +72,8 @@ def _keep_as(path, previous):
         os.replace(second, previous)
     except OSError:
         os.replace(path, previous)
+    finally:
+        second.unlink(missing_ok=True)  # still there if both were one file already, as after a kill just here
 
 
 def write_dataset(directory, documents, tokenizer, source):

@@ -127,6 +127,16 @@ def test_too_little_text_for_the_context(folder):
         open_tokens(folder, "train", read_meta(folder), block_size=22)
 
 
+def test_atomic_write_after_one_that_was_killed_between_its_renames(tmp_path):
+    """Then both names are one file, and renaming one to the other does nothing."""
+    path, previous = tmp_path / "file", tmp_path / "previous"
+    path.write_text("old")
+    os.link(path, previous)
+    with atomic_write(path, previous) as temporary:
+        temporary.write_text("new")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"file": "new", "previous": "old"}
+
+
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
