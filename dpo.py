@@ -1,8 +1,10 @@
 """Direct preference optimization (DPO, arXiv 2305.18290) with LoRA: teach a tuned model which answers people prefer.
 
 python dpo.py                                    # from out/sft/best.pt, on the data that fits its tokenizer
-python dpo.py --dataset mine --source my.jsonl   # your own pairs; data/orca_dpo_pairs/prepare.py shows their form
+python dpo.py --dataset mine --source my.jsonl   # your own pairs; docs/data.md shows their form
 python dpo.py --resume                           # go on after an interruption
+
+Read sft.py first: DPO is the same tuning, on pairs of answers and with another loss.
 """
 
 from dataclasses import dataclass
@@ -10,11 +12,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import parallel
 import sft
-from data import run_script
+from engine import parallel
+from engine.checkpoint import Checkpointer, run_folder
+from engine.device import oom_advice
+from engine.log import Log, describe, summarize
+from engine.settings import flag, parse_flags, run_script
 from lora import disable_lora
-from train import carry_out, flag, locked, parse_flags
+from train import fit, make_optimizer
 
 
 def dpo_loss(
@@ -43,18 +48,18 @@ def dpo_loss(
 
 @dataclass
 class Settings(sft.TuningSettings):
-    """DPO. The defaults are the ldiff preset."""
+    """DPO. The defaults are the preset ldiff."""
 
     dataset: str = flag("orca_dpo_pairs", "folder in data/, or a path with a slash")
     out_dir: str = flag("out/dpo", "where checkpoints and log.csv go")
     init_from: str = flag("out/sft/best.pt", "checkpoint of the model to tune, which is also the reference")
-    max_steps: int = flag(625, "optimizer steps", least=1)
-    batch_size: int = flag(16, "pairs a step", least=1)
-    micro_batch_size: int = flag(16, "pairs in memory at once; gradients of several add up", least=1)
-    learning_rate: float = flag(5e-6, "peak", least=0)
-    beta: float = flag(0.1, "how strongly the model is held to the reference", least=0)
+    max_steps: int = flag(625, "optimizer steps", minimum=1)
+    batch_size: int = flag(16, "pairs a step", minimum=1)
+    micro_batch_size: int = flag(16, "pairs in memory at once; gradients of several add up", minimum=1)
+    learning_rate: float = flag(5e-6, "peak", minimum=0)
+    beta: float = flag(0.1, "how strongly the model is held to the reference", minimum=0, fixed=True)
     label_smoothing: float = flag(
-        0.0, "the share of pairs that may be labelled the wrong way round", least=0, most=0.49
+        0.0, "share of pairs that may be labelled the wrong way round", minimum=0, maximum=0.49, fixed=True
     )
 
 
@@ -66,22 +71,18 @@ PRESETS = {
 }
 
 
-class DPO(sft.FineTuning):
-    """The policy is the model with its adapters, the reference the same model with them switched off: the weights are
-    in memory once."""
+class DPO(sft.SFT):
+    """LoRA tuning on pairs of answers to the same prompt, of which one is preferred.
 
-    stage = "dpo"
-    unit = "pairs"
+    The policy is the model with its adapters, the reference the same model with them switched off: the weights are in
+    memory once.
+    """
+
+    stage, unit = "dpo", "pairs"
     metrics = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
     rows_per_example = 2
 
-    def work(self, numbers):
-        return len(numbers)
-
-    def denominator(self, parts):
-        return sum(len(idx) // 2 for idx, _, _ in parts)
-
-    def loss_of(self, idx, positions, targets, scale):
+    def loss(self, idx, positions, targets, per_token, per_example):
         """idx (2 * pairs, T): the chosen answers with their prompts, then the rejected ones, in one forward pass."""
         with torch.no_grad(), disable_lora(self.model):
             reference = self.logps(idx, positions, targets).sum(dim=-1)  # (2 * pairs,)
@@ -96,13 +97,23 @@ class DPO(sft.FineTuning):
             "chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards,
             "chosen_logp": chosen, "rejected_logp": rejected,
         }  # fmt: skip
-        return {name: value.sum() * scale for name, value in values.items()}
+        return {name: value.sum() * per_example for name, value in values.items()}
 
 
 def main():
     given = parse_flags(Settings, __doc__, PRESETS["tiny"])
-    with parallel.started(), locked(given.get("out_dir", Settings.out_dir), make=not given.get("resume")):
-        carry_out(DPO(*sft.choose_settings(given, Settings, PRESETS, DPO.stage)))
+    out_dir, resume = given.get("out_dir", Settings.out_dir), given.get("resume", False)
+    with parallel.process_group(), run_folder(out_dir, must_exist=resume):
+        settings, checkpoint = sft.choose_settings(given, Settings, PRESETS, DPO.stage)
+        task = DPO(settings, checkpoint)
+        optimizer = make_optimizer(task.model, weight_decay=0.0)
+        checkpointer = Checkpointer(task, optimizer)
+        checkpointer.start(checkpoint if resume else None)
+        log = Log(task)
+        describe(task)
+        with oom_advice(settings):
+            fit(task, optimizer, checkpointer, log)
+        summarize(task, checkpointer, log)
 
 
 if __name__ == "__main__":

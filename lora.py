@@ -39,31 +39,36 @@ class LoRALinear(nn.Module):
 
     @staticmethod
     def adapt(outputs, layers, x):
-        """Add to what several layers' bases make of x (..., in) what their adapters do, where there is one that is on.
-        All their A are one product: x is read once and gets one gradient."""
-        on = [layer for layer in layers if isinstance(layer, LoRALinear) and layer.enabled]
+        """Add the adapters' part to the outputs of several frozen layers that read the same x (..., in).
+
+        `outputs` are those of the frozen layers, which `layers` may have adapters for. All their A are one product: x
+        is read once and gets one gradient. fused_linear() in engine/linear.py calls it.
+        """
+        on = [i for i, layer in enumerate(layers) if isinstance(layer, LoRALinear) and layer.enabled]
         if not on:
             return outputs
-        A = torch.cat([layer.lora_A for layer in on]).to(x.dtype)  # (sum of ranks, in)
-        low_rank = F.linear(F.dropout(x, on[0].dropout, on[0].training), A)  # (..., sum of ranks)
-        parts = dict(zip(on, low_rank.split([len(layer.lora_A) for layer in on], dim=-1)))
-        return [y + layer.scale_up(parts[layer]) if layer in parts else y for y, layer in zip(outputs, layers)]
-
-    def scale_up(self, low_rank):
-        return self.scaling * F.linear(low_rank, self.lora_B.to(low_rank.dtype))
+        A = torch.cat([layers[i].lora_A for i in on]).to(x.dtype)  # (sum of ranks, in)
+        dropped = F.dropout(x, layers[on[0]].dropout, training=layers[on[0]].training)
+        parts = F.linear(dropped, A).split([len(layers[i].lora_A) for i in on], dim=-1)  # (..., rank) each
+        outputs = list(outputs)
+        for i, part in zip(on, parts):
+            outputs[i] = outputs[i] + layers[i].scaling * F.linear(part, layers[i].lora_B.to(part.dtype))
+        return outputs
 
     @torch.no_grad()
     def merged(self):
-        """The linear layer with W + (alpha / rank) * B A, added in float32 and cast once."""
-        delta = self.scaling * self.lora_B.double() @ self.lora_A.double()  # neither autocast nor TF32 shortens float64
+        """The plain linear layer with W + (alpha / rank) * B A, added in float32 and cast once."""
+        delta = self.scaling * self.lora_B.double() @ self.lora_A.double()  # autocast and TF32 leave float64 alone
         weight = (self.base.weight.float() + delta.float()).to(self.base.weight.dtype)
-        self.base.weight = nn.Parameter(weight)  # a new one, lest a tied embedding change with it
+        self.base.weight = nn.Parameter(weight)  # a new one, so that a tied embedding stays as it is
         return self.base
 
 
 def apply_lora(model, rank, alpha, dropout=0.0, targets=TARGETS):
-    """Freeze `model` and put an adapter beside each linear layer named in `targets`; raises ValueError if there is none
-    of a name, or the rank does not fit. Returns the model."""
+    """Freeze `model` and put an adapter beside each linear layer named in `targets`. Returns the model.
+
+    Raises ValueError if the model has no layer of one of the names, or if the rank does not fit.
+    """
     model.requires_grad_(False)
     found = set()
     for parent in list(model.modules()):
@@ -77,8 +82,10 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets=TARGETS):
 
 
 def merge_lora(model):
-    """Replace every adapted layer by a plain one with the adapter added to its weight, and make the whole model
-    trainable again. Returns the model."""
+    """Replace every adapted layer by a plain one with the adapter added to its weight.
+
+    The whole model becomes trainable again. Returns the model.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
@@ -88,7 +95,7 @@ def merge_lora(model):
 
 @contextlib.contextmanager
 def disable_lora(model):
-    """Within it, the model computes what it would without its adapters."""
+    """Switch the adapters off within a `with` block: the model computes what it did before apply_lora()."""
     adapted = [module for module in model.modules() if isinstance(module, LoRALinear) and module.enabled]
     for module in adapted:
         module.enabled = False
@@ -105,7 +112,7 @@ def lora_state_dict(model):
 
 
 def load_lora(model, state):
-    """Put the adapters of `state` into an adapted model; raises ValueError if they are not the same ones."""
+    """Load the adapters of `state` into an adapted model. Raises ValueError if it has others."""
     own = lora_state_dict(model)
     if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
         raise ValueError("the adapters belong to another model, rank or choice of layers")

@@ -1,18 +1,21 @@
-"""ChatML: how a conversation becomes token ids, and which of them the model learns to say.
+"""ChatML: render a conversation as token ids, with a loss mask for those that the model learns.
 
     <|im_start|>user        <|im_start|>assistant
     Hello<|im_end|>         Hi!<|im_end|>
                             ^^^^^^^^^^^^^ loss mask 1: the answer and its end token
 
-Control tokens are put in by id and everything else is encoded as ordinary text, piece by piece. So nothing that a
-message says can close it, open another, or take part in the loss.
+Control tokens are inserted by id, and everything else is encoded as ordinary text, piece by piece. So no text in a
+message can end the message, begin another, or change the loss mask.
 """
 
 from data.tokenizer import IM_END, IM_START
 
 
 def render(messages, encoding):
-    """[(role, text), ...] -> token ids and loss mask, two lists of equal length. Roles: system, user, assistant."""
+    """Render [(role, text), ...] -> token ids and loss mask, two lists of one length.
+
+    Roles: system, user, assistant.
+    """
     ids, mask = [], []
     for role, text in messages:
         frame, body, newline = _header(role, encoding), render_answer(text, encoding), encoding.encode_ordinary("\n")
@@ -22,12 +25,12 @@ def render(messages, encoding):
 
 
 def render_prompt(messages, encoding):
-    """The token ids of a conversation so far and of the header of its answer, which the model continues."""
+    """Render a conversation so far, and the header of the answer that the model is to write -> token ids."""
     return render(messages, encoding)[0] + _header("assistant", encoding)
 
 
 def render_answer(text, encoding):
-    """The token ids of an answer, its end token among them."""
+    """Render an answer and its end token -> token ids."""
     return [*encoding.encode_ordinary(text), encoding.encode_single_token(IM_END)]
 
 

@@ -3,18 +3,18 @@ import os
 import pytest
 import torch
 
-from data.dataset import write_dataset, write_examples
 from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
 from data.slimorca.prepare import tokenize as tokenize_conversation
+from data.write import write_dataset, write_examples
 
-# The tests' models are so small that threads cost more than they bring.
+# The models in tests are so small that threads slow them down.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
 
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory):
-    """A data set of bytes for all stages, to be copied: 100 lines, 40 conversations, 40 pairs."""
+    """A data set of bytes for all stages: 100 lines, 40 conversations, 40 pairs. A test that changes it copies it."""
     data = tmp_path_factory.mktemp("data")
     text = "".join(f"{i} bottles of beer on the wall\n" for i in range(100))
     write_dataset(data, {"train": [text], "val": [text[1000:1400]]}, "bytes", "a test")

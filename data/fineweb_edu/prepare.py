@@ -3,30 +3,31 @@
     python -m data.fineweb_edu.prepare
     python -m data.fineweb_edu.prepare --source FOLDER --out_dir data/mine
 
-The documents are in a column (or field) "text". If this is broken off, the same command goes on after the last whole
-shard of 100 million tokens.
+The documents are in a column or field "text". If the command is interrupted, the same command continues after the last
+complete shard of 100 million tokens.
 """
 
 import functools
 import itertools
 from pathlib import Path
 
-from data import Parser, UserError, run_script
-from data.dataset import CHUNK, SHARD_TOKENS, chunks_of, load_from_hub, write_shards
+from data.fineweb_edu.shards import SHARD_TOKENS, write_shards
 from data.tokenizer import TOKENIZERS
+from data.write import CHUNK, chunked, load_from_hub
+from engine.settings import Parser, UserError, run_script
 
 HUB_NAME, HUB_CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 HUB_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 
 
 def hub_files():
-    """The addresses of the sample's Parquet files, 2 GB each, which are read as they are needed."""
+    """List the addresses of the sample's Parquet files, 2 GB each. They are streamed, not downloaded."""
     builder = load_from_hub(HUB_NAME, "load_dataset_builder", name=HUB_CONFIG, revision=HUB_REVISION)
     return builder.config.data_files["train"]
 
 
 def find_files(source):
-    """The Parquet and JSONL files in the folder `source`, or itself; raises UserError if there are none."""
+    """List the Parquet and JSONL files in a folder, or the one file `source`. Raises UserError if there are none."""
     source = Path(source)
     paths = sorted(source.rglob("*")) if source.is_dir() else [source]
     files = [path for path in paths if path.suffix in READERS and path.is_file()]
@@ -36,36 +37,39 @@ def find_files(source):
 
 
 def read_files(list_files, position):
-    """Yield chunks of rows, each with the number of its file and how far that is read, from `position` on."""
+    """Yield (chunk of rows, position of the next chunk), from `position` on.
+
+    A position is the index of a file and the reader's own position in it.
+    """
     files = list_files()
-    first, done = position or (0, 0)
-    for number, path in enumerate(files[first:], first):
+    first, start = position or (0, 0)
+    for index, path in enumerate(files[first:], first):
         read = READERS[Path(path).suffix]
-        for rows, reached in read(path, done):
-            yield rows, (number, reached)
-        done = 0
+        for rows, end in read(path, start):
+            yield rows, (index, end)
+        start = 0
 
 
-def read_parquet(path, done):
-    """Yield chunks of rows and how many chunks were read, beginning after `done` of them."""
-    import fsspec  # here, because prepared data needs none of it
+def read_parquet(path, start):
+    """Yield (chunk of rows, number of chunks read so far), without the first `start` chunks."""
+    import fsspec  # here, because prepared data do not need it
     import pyarrow.parquet
 
-    options = dict(pre_buffer=False, buffer_size=2**20)  # or it would hold whole groups of rows in memory
+    options = dict(pre_buffer=False, buffer_size=2**20)  # the defaults would hold whole row groups in memory
     try:
         with fsspec.open(path, block_size=2**25) as raw, pyarrow.parquet.ParquetFile(raw, **options) as file:
             chunks = file.iter_batches(CHUNK, columns=["text"], use_threads=False)
-            for number, rows in enumerate(itertools.islice(chunks, done, None), done + 1):
-                yield rows.to_pylist(), number
+            for count, rows in enumerate(itertools.islice(chunks, start, None), start + 1):
+                yield rows.to_pylist(), count
     except Exception as error:  # pyarrow, the hub's client and its HTTP library each raise their own
         raise UserError(f"cannot read {path} ({type(error).__name__}: {error})") from error
 
 
-def read_jsonl(path, done):
-    """Yield chunks of lines and how many bytes were read, beginning after `done` of them."""
+def read_jsonl(path, start):
+    """Yield (chunk of lines, number of bytes read so far), without the first `start` bytes."""
     with open(path, "rb") as file:
-        file.seek(done)
-        for lines in chunks_of(file):
+        file.seek(start)
+        for lines in chunked(file):
             yield [line for line in lines if line.strip()], file.tell()
 
 
@@ -73,7 +77,7 @@ READERS = {".parquet": read_parquet, ".jsonl": read_jsonl}
 
 
 def prepare_text(directory, source="", tokenizer="gpt2", shard_tokens=SHARD_TOKENS, processes=None):
-    """Write the data set into `directory` from the hub, or from `source`, a Parquet or JSONL file or a folder."""
+    """Write the data set to `directory`, from the hub or from `source`, a Parquet or JSONL file or a folder of them."""
     name, list_files, size = f"{HUB_NAME} {HUB_CONFIG} {HUB_REVISION}", hub_files, 0
     if source:
         files = find_files(source)

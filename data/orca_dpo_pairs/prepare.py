@@ -1,24 +1,25 @@
-"""Orca DPO pairs, 12,859 questions with a preferred and another answer, or a JSONL file of your own in the same form.
+"""Orca DPO pairs, 12,859 questions with a chosen and a rejected answer, or a JSONL file of your own in the same form.
 
     python -m data.orca_dpo_pairs.prepare
     python -m data.orca_dpo_pairs.prepare --source my.jsonl --out_dir data/mine
 
-A line of it: {"system": "", "question": "...", "chosen": "...", "rejected": "..."}. For a model of another context or
-tokenizer, say so (--block_size 256 --tokenizer bytes), or leave it to dpo.py --dataset mine --source my.jsonl.
+A line of the file: {"system": "", "question": "...", "chosen": "...", "rejected": "..."}. The context and the tokenizer
+must be the model's: give --block_size and --tokenizer here, or let dpo.py --dataset mine --source my.jsonl prepare the
+file.
 """
 
 from pathlib import Path
 
-from data import run_script
 from data.chat import render_answer, render_prompt
-from data.dataset import SkippedRow, open_rows, prepare_examples, write_examples
+from data.write import SkippedRow, open_rows, prepare_examples, write_examples
+from engine.settings import run_script
 
 HUB_NAME, HUB_REVISION = "Intel/orca_dpo_pairs", "624952e3f420ae18d88b31977ee2ea436c833abb"
 FIELDS = ("system", "question", "chosen", "rejected")
 
 
 def texts(row):
-    """The four texts of a row; raises SkippedRow if it has no texts, or lacks one of the last three."""
+    """Return a row's four texts, of which the system's may be empty. Raises SkippedRow for any other row."""
     try:
         system, question, chosen, rejected = ((row.get(name) or "").strip() for name in FIELDS)
     except (AttributeError, TypeError) as error:
@@ -29,10 +30,10 @@ def texts(row):
 
 
 def tokenize(row, encoding, block_size):
-    """Two rows of ids and mask, the chosen answer after its prompt and the rejected one; raises SkippedRow unless the
-    context has room for an answer, and shows a difference between the two.
+    """Render a row -> [(ids, mask), (ids, mask)]: the prompt with the chosen answer, then with the rejected one.
 
-    Prompt and answers are tokenized apart, so that both answers follow exactly the same prompt.
+    Prompt and answers are tokenized separately, so that both answers follow the same prompt ids. Raises SkippedRow if
+    the prompt fills the context, or if the two answers are the same as far as the context reaches.
     """
     system, question, chosen, rejected = texts(row)
     messages = [("system", system)] * bool(system) + [("user", question)]
@@ -46,7 +47,7 @@ def tokenize(row, encoding, block_size):
 
 
 def prepare_dpo(directory, source="", tokenizer="gpt2", block_size=2048):
-    """Write the examples into `directory`, from the hub or from the JSONL file `source`."""
+    """Write the examples to `directory`, from the hub or from the JSONL file `source`."""
     rows, total, name = open_rows(HUB_NAME, HUB_REVISION, source)
     write_examples(directory, rows, tokenize, tokenizer, block_size, name, total)
 

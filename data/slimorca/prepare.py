@@ -3,24 +3,24 @@
     python -m data.slimorca.prepare
     python -m data.slimorca.prepare --source my.jsonl --out_dir data/mine
 
-A line of it: {"conversations": [{"from": "system", "value": "..."}, {"from": "human", "value": "..."},
-{"from": "gpt", "value": "..."}]}, with or without the system's turn, and with as many others as there are. For a model
-of another context or tokenizer, say so (--block_size 256 --tokenizer bytes), or leave it to
-sft.py --dataset mine --source my.jsonl.
+A line of the file: {"conversations": [{"from": "system", "value": "..."}, {"from": "human", "value": "..."},
+{"from": "gpt", "value": "..."}]}. The system turn may be missing, and there may be any number of other turns. The
+context and the tokenizer must be the model's: give --block_size and --tokenizer here, or let
+sft.py --dataset mine --source my.jsonl prepare the file.
 """
 
 from pathlib import Path
 
-from data import run_script
 from data.chat import render
-from data.dataset import SkippedRow, open_rows, prepare_examples, write_examples
+from data.write import SkippedRow, open_rows, prepare_examples, write_examples
+from engine.settings import run_script
 
 HUB_NAME, HUB_REVISION = "Open-Orca/SlimOrca", "ce9ed009ef3292bac33d3520afaf5ec804066120"
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 def messages(row):
-    """The turns of a row as [(role, text), ...], without an empty system turn; raises SkippedRow if it is malformed."""
+    """Return a row's turns as [(role, text), ...], without an empty system turn. Raises SkippedRow if malformed."""
     try:
         turns = [(ROLES[turn["from"]], turn["value"].strip()) for turn in row["conversations"]]
     except (AttributeError, KeyError, TypeError) as error:
@@ -34,7 +34,7 @@ def messages(row):
 
 
 def tokenize(row, encoding, block_size):
-    """One row of ids and mask, up to the end of the last answer; raises SkippedRow if there is nothing to learn."""
+    """Render a row -> [(ids, mask)], up to the end of the last answer. Raises SkippedRow if no answer is in reach."""
     ids, mask = render(messages(row), encoding)
     if not any(mask):
         raise SkippedRow("without an answer")
@@ -45,7 +45,7 @@ def tokenize(row, encoding, block_size):
 
 
 def prepare_sft(directory, source="", tokenizer="gpt2", block_size=2048):
-    """Write the examples into `directory`, from the hub or from the JSONL file `source`."""
+    """Write the examples to `directory`, from the hub or from the JSONL file `source`."""
     rows, total, name = open_rows(HUB_NAME, HUB_REVISION, source)
     write_examples(directory, rows, tokenize, tokenizer, block_size, name, total)
 

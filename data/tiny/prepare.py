@@ -1,11 +1,11 @@
-"""The embedded data sets, made of the documentation that ships inside Python: no download, a few megabytes.
+"""The built-in data sets, made of the documentation that comes with Python: no download, a few megabytes.
 
     python -m data.tiny.prepare
 
-Text: the language reference's topics (pydoc_data.topics) and the docstrings of the standard library, read from its
+Text: the language reference's topics (pydoc_data.topics), and the docstrings of the standard library, read from its
 source files without importing them. SFT: a question about a function, class or module, answered by the first paragraph
-of its docstring. DPO: that answer is preferred to one that belongs to a question of another kind. Another version of
-Python has slightly other texts.
+of its docstring. DPO: the chosen answer is that one, the rejected answer belongs to a question of another kind. The
+texts differ slightly between versions of Python.
 """
 
 import ast
@@ -15,12 +15,12 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-from data import Parser, UserError, run_script
-from data.dataset import VAL_EVERY, write_dataset, write_examples
 from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
 from data.slimorca.prepare import tokenize as tokenize_conversation
+from data.write import VAL_EVERY, write_dataset, write_examples
+from engine.settings import Parser, UserError, run_script
 
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FUNCTION = "What does the function {} do?"
 QUESTIONS = {
@@ -33,7 +33,7 @@ NAME = f"documentation of Python {platform.python_version()}"
 
 
 def topics():
-    """The language reference, one document a topic; some distributions leave the module out."""
+    """Return the language reference, one document a topic. Some distributions of Python do not have it."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -43,7 +43,7 @@ def topics():
 
 def library_files():
     library = Path(sysconfig.get_paths()["stdlib"])
-    return sorted(path for path in library.rglob("*.py") if not SKIPPED & set(path.relative_to(library).parts))
+    return sorted(path for path in library.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(library).parts))
 
 
 def parse(source):
@@ -53,7 +53,7 @@ def parse(source):
 
 
 def docstrings(path):
-    """The docstrings of one source file as a document, each under the line that defines what it describes."""
+    """Return the docstrings of a source file as one document, each below the line that defines its object."""
     source = path.read_text(encoding="utf-8", errors="replace")
     lines, parts = source.splitlines(), []
     for node in ast.walk(parse(source)):
@@ -64,14 +64,14 @@ def docstrings(path):
 
 
 def documents():
-    """All texts in a fixed order, shuffled so that the held-out ones are of every kind."""
+    """Return all texts, shuffled in a fixed order, so that every kind of text is among those held out."""
     texts = topics() + [text for path in library_files() if (text := docstrings(path))]
     random.Random(0).shuffle(texts)
     return texts
 
 
 def summaries(node, name):
-    """(question, first paragraph of the docstring in one line), ... about everything defined in a syntax tree."""
+    """Yield (question, first paragraph of the docstring on one line) for every documented object in a syntax tree."""
     if text := ast.get_docstring(node):
         yield QUESTIONS[type(node)].format(name), " ".join(text.split("\n\n")[0].split())
     for child in node.body:
@@ -80,8 +80,11 @@ def summaries(node, name):
 
 
 def questions():
-    """(question, answer), ... about the standard library, shuffled in a fixed order. No answer occurs twice, so that
-    none that one stage holds out is in what that stage learns from; the stages before it may have seen it."""
+    """Return [(question, answer), ...] about the standard library, shuffled in a fixed order.
+
+    No answer occurs twice, so none is both in the training and in the validation examples of a stage. It may be in the
+    training data of an earlier stage.
+    """
     answers = {}
     for path in library_files():
         module = path.parent.name if path.stem == "__init__" else path.stem
@@ -91,6 +94,21 @@ def questions():
     pairs = [(question, text) for text, question in answers.items()]
     random.Random(0).shuffle(pairs)
     return pairs
+
+
+def preferences(pairs):
+    """Yield preference pairs made of (question, answer), ...; every answer is used in one of them only.
+
+    The rejected answer to a question about a function describes a class or module, and the other way round. Even a
+    small model can tell such answers apart.
+    """
+    beginning = FUNCTION.split("{")[0]
+    functions = [pair for pair in pairs if pair[0].startswith(beginning)]
+    others = [pair for pair in pairs if not pair[0].startswith(beginning)]
+    for index, ((function, function_answer), (other, other_answer)) in enumerate(zip(functions, others)):
+        about_function = {"question": function, "chosen": function_answer, "rejected": other_answer}
+        about_other = {"question": other, "chosen": other_answer, "rejected": function_answer}
+        yield {"system": "", **(about_function if index % 2 else about_other)}
 
 
 def refuse_source(source):
@@ -116,22 +134,9 @@ def prepare_sft(directory, source="", tokenizer="bytes", block_size=256):
     write_examples(directory, rows, tokenize_conversation, tokenizer, block_size, NAME, len(rows))
 
 
-def preferences():
-    """Rows with a right answer, preferred, and a wrong one: to a question about a function the docstring of a class or
-    module, and the other way round, which even a small model can tell apart. Every answer is used once."""
-    pairs = questions()
-    beginning = FUNCTION.split("{")[0]
-    functions = [pair for pair in pairs if pair[0].startswith(beginning)]
-    others = [pair for pair in pairs if not pair[0].startswith(beginning)]
-    for index, ((function, does), (other, is_)) in enumerate(zip(functions, others)):
-        about_function = {"question": function, "chosen": does, "rejected": is_}
-        about_other = {"question": other, "chosen": is_, "rejected": does}
-        yield {"system": "", **(about_function if index % 2 else about_other)}
-
-
 def prepare_dpo(directory, source="", tokenizer="bytes", block_size=256):
     refuse_source(source)
-    rows = list(preferences())
+    rows = list(preferences(questions()))
     write_examples(directory, rows, tokenize_pair, tokenizer, block_size, NAME, len(rows))
 
 

@@ -1,30 +1,22 @@
-"""Examples for SFT and DPO: from rows to files, from files to micro-batches."""
+"""Examples for SFT and DPO: from rows to files, and opened again."""
 
 import json
 import os
+import shutil
 import threading
 
 import numpy as np
 import pytest
-import torch
 
-from data import UserError
 from data.chat import render, render_prompt
-from data.dataset import (
-    bucketed_epoch,
-    collate,
-    open_examples,
-    open_rows,
-    padded_length,
-    prepared_directory,
-    read_meta,
-)
+from data.dataset import open_examples, prepared_directory, read_meta
 from data.orca_dpo_pairs.prepare import prepare_dpo
 from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
 from data.slimorca.prepare import prepare_sft
 from data.slimorca.prepare import tokenize as tokenize_conversation
-from data.tiny import prepare as tiny
 from data.tokenizer import IM_END, get_tokenizer
+from data.write import open_rows
+from engine.settings import UserError
 
 BYTES = get_tokenizer("bytes")
 
@@ -38,7 +30,7 @@ def pair(question="Why?", chosen="So.", rejected="No.", system=""):
 
 
 def prepare(tmp_path, prepare, lines, block_size=64):
-    """Examples made of these lines, which are bytes or become JSON -> their folder and meta.json."""
+    """Prepare examples from lines, which are bytes or become JSON -> their folder and meta.json."""
     lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     (tmp_path / "source.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     prepare(tmp_path / "set", str(tmp_path / "source.jsonl"), "bytes", block_size)
@@ -50,7 +42,7 @@ def rows_of(examples):
     return [(examples.ids[a:b].tolist(), examples.mask[a:b].tolist()) for a, b in bounds]
 
 
-def without_newline(*turns):
+def rendered(*turns):
     """A rendered conversation up to its last learned token."""
     ids, mask = render(turns, BYTES)
     return ids[:-1], mask[:-1]
@@ -63,7 +55,7 @@ def test_conversations_become_rows(tmp_path):
     lines = [conversation(("human", f"Q{i}"), ("gpt", f"A{i}")) for i in range(100)]
     folder, meta = prepare(tmp_path, prepare_sft, lines)
     train, val = (open_examples(folder, split, meta, 1, 64) for split in ("train", "val"))
-    expected = [without_newline(("user", f"Q{i}"), ("assistant", f"A{i}")) for i in range(100)]
+    expected = [rendered(("user", f"Q{i}"), ("assistant", f"A{i}")) for i in range(100)]
     assert rows_of(val) == expected[::20]  # every 20th is held out
     assert rows_of(train) == [row for i, row in enumerate(expected) if i % 20]
     assert meta["examples"] == {"train": 95, "val": 5} and meta["report"] == {"rows": 100, "cut": 0}
@@ -71,22 +63,23 @@ def test_conversations_become_rows(tmp_path):
 
 
 def test_many_rows_keep_their_order(tmp_path):
-    """More than are under way at once."""
-    lines = [conversation(("human", str(i)), ("gpt", "x")) for i in range(3000)]
+    """More than are read ahead."""
+    count = 64 * (4 * os.cpu_count() + 4)
+    lines = [conversation(("human", str(i)), ("gpt", "x")) for i in range(count)]
     folder, meta = prepare(tmp_path, prepare_sft, lines)
     rows = rows_of(open_examples(folder, "train", meta, 1, 64))
     numbers = [int(BYTES.decode(ids).split("\n")[1].removesuffix(IM_END)) for ids, _ in rows]
-    assert numbers == [i for i in range(3000) if i % 20]
+    assert numbers == [i for i in range(count) if i % 20]
 
 
 def test_turns_of_a_conversation():
     row = conversation(("system", "Be kind."), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))
     turns = [("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    assert tokenize_conversation(row, BYTES, 2048) == [without_newline(*turns)]
+    assert tokenize_conversation(row, BYTES, 2048) == [rendered(*turns)]
     row["conversations"].append({"from": "human", "value": "not answered"})
-    assert tokenize_conversation(row, BYTES, 2048) == [without_newline(*turns)]
+    assert tokenize_conversation(row, BYTES, 2048) == [rendered(*turns)]
     without = conversation(("system", " "), ("human", " a\n"), ("gpt", "b"))
-    assert tokenize_conversation(without, BYTES, 2048) == [without_newline(("user", "a"), ("assistant", "b"))]
+    assert tokenize_conversation(without, BYTES, 2048) == [rendered(("user", "a"), ("assistant", "b"))]
 
 
 def test_rows_that_cannot_be_conversations_are_skipped_and_counted(tmp_path):
@@ -123,7 +116,7 @@ def test_pairs_become_two_rows_with_the_same_prompt(tmp_path):
             assert mask == [0] * len(prompt) + [1] * (len(answer) + 1)
 
 
-def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path):
+def test_pairs_that_teach_nothing_are_skipped_and_counted(tmp_path):
     lines = [
         pair(), pair(), b"nonsense", [1], "text",
         pair(question=None), {"question": "a", "chosen": "b"}, {"conversations": []},
@@ -153,11 +146,16 @@ def test_too_few_examples(tmp_path, lines):
     assert not any((tmp_path / "set").iterdir())
 
 
-def test_useless_source_leaves_the_old_examples(tmp_path):
-    folder, meta = prepare(tmp_path, prepare_dpo, [pair(), pair()])
+@pytest.fixture(scope="module")
+def two_pairs(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("pairs"), prepare_dpo, [pair(), pair()])
+
+
+def test_useless_source_leaves_the_old_examples(tmp_path, two_pairs):
+    folder = shutil.copytree(two_pairs[0], tmp_path / "set")
     with pytest.raises(UserError, match="usable examples"):
         prepare(tmp_path, prepare_dpo, [b"no"])
-    assert read_meta(folder) == meta and len(open_examples(folder, "train", meta, 2, 64)) == 1
+    assert read_meta(folder) == two_pairs[1] and len(open_examples(folder, "train", two_pairs[1], 2, 64)) == 1
 
 
 def test_a_pipe_is_read_only_once(tmp_path):
@@ -193,15 +191,15 @@ def test_rows_from_the_hub(monkeypatch, tmp_path):
      (lambda f: (f / "val.offsets.bin").write_bytes(np.array([0, 60, 54]).tobytes()), "is damaged"),
      (lambda f: (f / "val.bin").write_bytes(b""), "cannot read")],
 )  # fmt: skip
-def test_damaged_examples(tmp_path, damage, message):
-    folder, meta = prepare(tmp_path, prepare_dpo, [pair(), pair()])
+def test_damaged_examples(tmp_path, two_pairs, damage, message):
+    folder = shutil.copytree(two_pairs[0], tmp_path / "set")
     damage(folder)
     with pytest.raises(UserError, match=message):
-        open_examples(folder, "val", meta, 2, 64)
+        open_examples(folder, "val", two_pairs[1], 2, 64)
 
 
-def test_examples_for_another_context(tmp_path):
-    folder, meta = prepare(tmp_path, prepare_dpo, [pair(), pair()])
+def test_examples_for_another_context(two_pairs):
+    folder, meta = two_pairs
     with pytest.raises(UserError, match="made for a context of 64, and the model has one of 65"):
         open_examples(folder, "train", meta, 2, 65)
 
@@ -215,86 +213,3 @@ def test_examples_of_a_named_data_set(tmp_path):
     assert prepared_directory(name, "", "dpo", **options) == tmp_path / "own" / "dpo"
     with pytest.raises(UserError, match="there is no data set"):
         prepared_directory(name, "", "sft", **options)
-    with pytest.raises(UserError, match="the data set wikitext2 is not for sft; slimorca and tiny are"):
-        prepared_directory("wikitext2", "", "sft", **options)
-    with pytest.raises(UserError, match="the data set slimorca is not for pretraining; wikitext2 and tiny are"):
-        prepared_directory("slimorca", "my.jsonl", **options)
-
-
-def test_tiny_examples_come_from_the_documentation():
-    questions = set(tiny.questions())
-    sequences = "What does the function difflib.SequenceMatcher.set_seqs do?", "Set the two sequences to be compared."
-    assert sequences in questions
-    assert len(questions) > 5000 and len({answer for _, answer in questions}) == len(questions)
-    rows = list(tiny.preferences())
-    answers = [row[side] for row in rows for side in ("chosen", "rejected")]
-    assert len(rows) > 1000 and len(set(answers)) == len(answers)  # nothing that is held out was seen
-    assert all((row["question"], row["chosen"]) in questions for row in rows)
-    about = [row["question"].startswith("What does the function") for row in rows]
-    assert 0.45 < sum(about) / len(about) < 0.55
-
-
-# ------------------------------------------------------------------------------------- from files to micro-batches
-
-
-@pytest.mark.parametrize(
-    "length, size", [(1, 64), (64, 64), (65, 96), (97, 128), (129, 192), (1025, 1536), (1600, 2000)]
-)
-def test_padded_lengths_are_few(length, size):
-    assert padded_length(length, 2000) == size
-
-
-def test_every_example_comes_once_an_epoch():
-    lengths = np.random.default_rng(0).integers(10, 1000, 1000)
-    batches = bucketed_epoch(lengths, 16, seed=3, epoch=0)
-    assert batches.shape == (62, 16) and len(set(batches.ravel())) == 62 * 16
-    assert np.array_equal(batches, bucketed_epoch(lengths, 16, seed=3, epoch=0))
-    for other in (bucketed_epoch(lengths, 16, 4, 0), bucketed_epoch(lengths, 16, 3, 1)):
-        assert not np.array_equal(batches, other)
-    left_out = [set(range(1000)) - set(bucketed_epoch(lengths, 16, 3, epoch).ravel()) for epoch in (0, 1)]
-    assert left_out[0] != left_out[1]
-
-
-def test_examples_of_a_batch_have_similar_lengths():
-    lengths = np.random.default_rng(0).integers(10, 1000, 5000)
-    longest = lengths[bucketed_epoch(lengths, 16, 0, 0)].max(axis=1)
-    assert lengths.mean() / longest.mean() > 0.95  # unsorted batches: about 0.53
-    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.2  # and their order is random
-
-
-def test_micro_batches_hold_what_is_learned(tmp_path):
-    lines = [
-        conversation(("human", "a" * i), ("gpt", "b" * (30 - i)), ("human", "c"), ("gpt", "d")) for i in range(1, 30)
-    ]
-    folder, meta = prepare(tmp_path, prepare_sft, lines, block_size=128)
-    examples = open_examples(folder, "train", meta, 1, 128)
-    numbers = np.array([3, 7, 1])
-    idx, positions, targets = collate(examples, numbers, 128)
-    assert idx.shape == (3, 96) and len(positions) == len(targets) and len(positions) % (3 * 96 // 16) == 0
-    assert len(set(positions.tolist())) == len(positions)
-    learned = dict(zip(positions.tolist(), targets.tolist()))
-    for r, number in enumerate(numbers):
-        ids, mask = rows_of(examples)[number]
-        assert idx[r].tolist() == ids + [0] * (96 - len(ids))
-        for t in range(96):
-            expected = ids[t + 1] if t + 1 < len(ids) and mask[t + 1] else -100
-            assert learned.pop(r * 96 + t, -100) == expected
-    assert not learned
-
-
-def test_pairs_are_collated_chosen_first(tmp_path):
-    folder, meta = prepare(tmp_path, prepare_dpo, [pair(question=f"Q{i}?") for i in range(5)])
-    examples = open_examples(folder, "train", meta, 2, 64)
-    idx, _, _ = collate(examples, np.array([2, 0]), 64)
-    rows = [ids for ids, _ in rows_of(examples)]
-    expected = [rows[4], rows[0], rows[5], rows[1]]
-    assert [row[: len(ids)] for row, ids in zip(idx.tolist(), expected)] == expected
-
-
-def test_a_batch_in_which_all_is_learned_fits(tmp_path):
-    """As many positions as there are ids, at most."""
-    lines = [conversation(("human", "a"), ("gpt", "b" * 200))] * 3
-    folder, meta = prepare(tmp_path, prepare_sft, lines, block_size=70)
-    idx, positions, targets = collate(open_examples(folder, "train", meta, 1, 70), np.array([0, 1]), 70)
-    assert idx.shape == (2, 70) and len(positions) <= 140 and (targets == ord("b")).sum() > 60
-    assert isinstance(idx, torch.Tensor) and idx.dtype == positions.dtype == targets.dtype == torch.int64

@@ -1,4 +1,4 @@
-"""GPU kernels in Triton, which comes with PyTorch for CUDA. model.py does without them elsewhere, in plain PyTorch.
+"""GPU kernels in Triton, which comes with PyTorch for CUDA. Elsewhere, plain PyTorch computes the same.
 
     differential_attention    A1 V - lambda A2 V with its gradients: training
     decode_attention          one new token to all in the KV cache: generating
@@ -329,8 +329,8 @@ def differential_attention(q, k, v, lam):
 
 
 def decode_attention(q, k, v, position):
-    """What model.decode_attention says. Every program reads one part of the context, since a few long sequences would
-    leave most of a GPU idle."""
+    """See decode_attention() in engine/attention.py. Every program reads one part of the context, since a few long
+    sequences would leave most of a GPU idle."""
     B, _, H, D = q.shape
     S, K, G, Dv = k.size(1), k.size(2), v.size(2), v.size(3)
     # Two programs for each multiprocessor, so that one loads while another waits, or down to two thirds of them, where
@@ -366,7 +366,7 @@ def _decode_kernel(
     the QUERIES that read it, and the log of the sum that they are divided by.
 
     V1's value head has two key heads. They are read as one that is twice as wide, by queries with zeros in the half
-    that is not theirs, so that values are read once. Those of map 1 come first, as DiffAttention.subtract orders them.
+    that is not theirs, so that values are read once. Those of map 1 come first, as paired_attention() orders them.
     """
     sequence, group, part = tl.program_id(0).to(tl.int64) // G, tl.program_id(0) % G, tl.program_id(1)
     length, splits = tl.load(position) + 1, tl.num_programs(1)
@@ -422,7 +422,7 @@ def _combine_kernel(parts, log_totals, out, splits, PARTS: tl.constexpr, DV: tl.
 
 
 def cross_entropy_(logits, targets):
-    """What model.cross_entropy_ says."""
+    """See cross_entropy_() in engine/loss.py."""
     M, V = logits.shape
     losses = torch.empty(M, device=logits.device)
     _cross_entropy_kernel[(M,)](logits, targets.contiguous(), losses, V, BLOCK=4096, num_warps=16)

@@ -1,10 +1,12 @@
-"""A large corpus: written as shards, broken off and gone on with, read as one."""
+"""A large corpus: written as shards, interrupted and continued, read as one."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -17,11 +19,12 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import train
-from data import UserError, dataset, run_script
-from data.dataset import Shards, fixed_batches, open_tokens, prepared_directory, read_meta, sample_batch
+from data import dataset
+from data.dataset import fixed_batches, open_tokens, prepared_directory, read_meta, sample_batch
 from data.fineweb_edu import prepare as fineweb
 from data.tokenizer import END_OF_TEXT
+from data.write import write_dataset
+from engine.settings import UserError, run_script
 
 BAD_ROWS = [None, "", " \n"]  # in both formats; JSONL has further ones
 
@@ -119,11 +122,11 @@ def test_columns_that_are_no_text(tmp_path):
         fineweb.prepare_text(tmp_path / "out", str(tmp_path), "bytes", processes=1)
 
 
-# ------------------------------------------------------------------------------------- broken off
+# ------------------------------------------------------------------------------------- interrupted
 
 
-def start(work):
-    """Start work() in a copy of this process that leads a group of its own -> the copy's number."""
+def fork(function):
+    """Call function() in a copy of this process, in a process group of its own -> the copy's process id."""
     child = os.fork()
     if child:
         return child
@@ -132,31 +135,31 @@ def start(work):
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     try:
-        run_script(work)
+        run_script(function)
         os._exit(0)
     finally:
         os._exit(1)
 
 
 def is_alive(group):
-    """Whether a process of the group still runs (Linux)."""
+    """Whether a process of the group is running (Linux)."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
-            state, _, its_group = path.read_text().rsplit(")", 1)[1].split()[:3]
-            if int(its_group) == group and state != "Z":
+            state, _, process_group = path.read_text().rsplit(")", 1)[1].split()[:3]
+            if int(process_group) == group and state != "Z":
                 return True
     return False
 
 
-def test_killed_at_any_moment_it_comes_to_the_same(tmp_path):
+def test_kills_at_any_moment_do_not_change_the_files(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", texts(6000))
     prepare = lambda name: fineweb.prepare_text(tmp_path / name, str(tmp_path / "rows.jsonl"), "bytes", 3000, 2)  # noqa: E731
-    begun = time.monotonic()
+    start = time.monotonic()
     prepare("whole")
-    duration, chance, seen, out = time.monotonic() - begun, random.Random(1), set(), tmp_path / "killed"
+    duration, rng, seen, out = time.monotonic() - start, random.Random(1), set(), tmp_path / "killed"
     for _ in range(25):
-        child = start(lambda: prepare("killed"))
-        time.sleep(chance.uniform(0, duration / 2))
+        child = fork(lambda: prepare("killed"))
+        time.sleep(rng.uniform(0, duration / 2))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         deadline = time.monotonic() + 10
@@ -164,29 +167,33 @@ def test_killed_at_any_moment_it_comes_to_the_same(tmp_path):
             assert time.monotonic() < deadline, "processes were left behind"
         with contextlib.suppress(FileNotFoundError):
             seen.add(len(json.loads((out / "progress.json").read_bytes())["shards"]))
-        (out / "meta.json").unlink(missing_ok=True)  # it had come to its end: it begins anew
+        (out / "meta.json").unlink(missing_ok=True)  # it was finished: begin anew
     prepare("killed")
     assert content(out) == content(tmp_path / "whole")
     assert len(seen) > 3, seen  # it was killed in the middle
 
 
-def test_every_place_to_go_on_from(corpus, tmp_path, monkeypatch):
-    """Stopped after each shard in turn, it goes on without reading what came before."""
+def test_interrupted_after_every_shard(corpus, tmp_path, monkeypatch):
+    """Each time it continues at the position in progress.json."""
     source, _ = corpus
-    fineweb.prepare_text(tmp_path / "whole", str(source), "bytes", 300, 2)
-    whole, write_meta = content(tmp_path / "whole"), dataset._write_meta
+    prepare = lambda name: fineweb.prepare_text(tmp_path / name, str(source), "bytes", 1, 1)  # noqa: E731
+    prepare("whole")
+    whole, read_files, positions = content(tmp_path / "whole"), fineweb.read_files, []
 
-    def stop(directory, meta, name="meta.json"):
-        write_meta(directory, meta, name)
-        if name == "progress.json":
-            raise KeyboardInterrupt
+    def read_five_chunks(list_files, position):
+        """With one process, the fifth chunk is read before the first one is written, and the sixth after it."""
+        positions.append(position)
+        yield from itertools.islice(read_files(list_files, position), 5)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset, "_write_meta", stop)
-    for number in range(len(json.loads(whole["meta.json"])["shards"])):
+    monkeypatch.setattr(fineweb, "read_files", read_five_chunks)
+    for count in range(1, len(json.loads(whole["meta.json"])["shards"]) - 4):
         with pytest.raises(KeyboardInterrupt):
-            fineweb.prepare_text(tmp_path / "out", str(source), "bytes", 300, 2)
-        assert len(json.loads((tmp_path / "out" / "progress.json").read_bytes())["shards"]) == number + 1
-    fineweb.prepare_text(tmp_path / "out", str(source), "bytes", 300, 2)
+            prepare("out")
+        progress = json.loads((tmp_path / "out" / "progress.json").read_bytes())
+        assert len(progress["shards"]) == count and progress["position"] not in positions
+    monkeypatch.setattr(fineweb, "read_files", read_files)
+    prepare("out")
     assert content(tmp_path / "out") == whole
 
 
@@ -210,7 +217,7 @@ def begun(corpus, tmp_path):
      (lambda source, out: (out / "progress.json").write_text("{") and None, "progress.json is damaged"),
      (lambda source, out: (out / "progress.json").write_text('{"tokens": {}}') and None, "progress.json is damaged")],
 )  # fmt: skip
-def test_another_source_than_the_one_begun_with(begun, change, message):
+def test_only_the_same_command_continues(begun, change, message):
     source, out = begun
     tokenizer, shard_tokens = change(source, out) or ("bytes", 300)
     source = source if source.exists() else source.parent / "moved"
@@ -220,16 +227,16 @@ def test_another_source_than_the_one_begun_with(begun, change, message):
     assert content(out) == before
 
 
-def test_a_new_text_takes_the_place_of_shards(begun, tmp_path):
+def test_a_new_text_replaces_shards(begun, tmp_path):
     source, out = begun
-    dataset.write_dataset(out, {"train": ["text"], "val": ["more"]}, "bytes", "another")
+    write_dataset(out, {"train": ["text"], "val": ["more"]}, "bytes", "another")
     assert content(out).keys() == {"train.bin", "val.bin", "meta.json"}
     write_jsonl(tmp_path / "small.jsonl", ["one", "two"])
     fineweb.prepare_text(out, str(tmp_path / "small.jsonl"), "bytes", 300, 1)
     assert read_meta(out)["tokens"] == {"train": 4, "val": 4}
 
 
-def test_fewer_shards_take_the_place_of_more(folder, tmp_path):
+def test_fewer_shards_replace_more(folder, tmp_path):
     write_jsonl(tmp_path / "small.jsonl", ["one", "two"])
     fineweb.prepare_text(folder, str(tmp_path / "small.jsonl"), "bytes", 100, 1)
     assert content(folder).keys() == {"train-00000.bin", "val.bin", "meta.json"}
@@ -290,49 +297,51 @@ def test_from_the_hub(hub, tmp_path):
     assert files == {name: np.array(ids, np.uint16).tobytes() for name, ids in reference(hub, 3000).items()}
 
 
-def test_hub_is_pinned_and_may_be_out_of_reach(tmp_path, monkeypatch, capsys):
-    asked = {}
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The folder of the data set where prepared_directory looks for it: not the checkout's."""
+    monkeypatch.setattr(dataset, "__file__", str(tmp_path / "dataset.py"))
+    (tmp_path / "fineweb_edu").mkdir()
+    (tmp_path / "fineweb_edu" / "prepare.py").touch()
+    return tmp_path / "fineweb_edu"
 
-    def out_of_reach(path, **options):
-        asked.update(path=path, **options)
+
+def test_hub_is_pinned_and_may_be_out_of_reach(home, monkeypatch):
+    def out_of_reach(path, name, revision):
+        assert (path, name) == ("HuggingFaceFW/fineweb-edu", "sample-10BT") and len(revision) == 40
         raise ConnectionError("no route")
 
     monkeypatch.setattr("datasets.load_dataset_builder", out_of_reach)
-    monkeypatch.setattr(dataset, "__file__", str(tmp_path / "dataset.py"))  # where the data sets' folders are
-    (tmp_path / "fineweb_edu").mkdir()
-    (tmp_path / "fineweb_edu" / "prepare.py").touch()
-    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "fineweb_edu", "--tokenizer", "bytes"])
-    with pytest.raises(SystemExit) as exit:
-        run_script(train.main)
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and len(error.splitlines()) == 1
-    assert "cannot be loaded from the hub (ConnectionError)" in error
-    assert "--source FILE" in error and "--preset tiny" in error
-    assert asked["path"] == "HuggingFaceFW/fineweb-edu" and asked["name"] == "sample-10BT"
-    assert len(asked["revision"]) == 40
+    with pytest.raises(UserError, match=r"hub \(ConnectionError\).*--source FILE.*--preset tiny"):
+        prepared_directory("fineweb_edu", "", tokenizer="bytes")
 
 
 # ------------------------------------------------------------------------------------- reading
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory):
     """A data set in five shards, a chunk of rows each."""
-    write_jsonl(tmp_path / "rows.jsonl", texts(300, seed=2))
-    out = tmp_path / "mine"
-    fineweb.prepare_text(out, str(tmp_path / "rows.jsonl"), "bytes", 100, 1)
-    return out
+    home = tmp_path_factory.mktemp("shards")
+    write_jsonl(home / "rows.jsonl", texts(300, seed=2))
+    fineweb.prepare_text(home / "mine", str(home / "rows.jsonl"), "bytes", 100, 1)
+    return home / "mine"
+
+
+@pytest.fixture
+def folder(shared_folder, tmp_path):
+    return shutil.copytree(shared_folder, tmp_path / "mine")
 
 
 def whole(folder):
     return np.concatenate([np.fromfile(path, np.uint16) for path in sorted(folder.glob("train-*.bin"))])
 
 
-def test_shards_are_read_as_one(folder):
-    meta = read_meta(folder)
-    tokens, expected = open_tokens(folder, "train", meta, 16), whole(folder)
-    assert isinstance(tokens, Shards) and len(meta["shards"]) == 5 and len(tokens) == len(expected)
-    for start in range(0, len(tokens), 7):
+def test_shards_are_read_as_one(shared_folder):
+    meta = read_meta(shared_folder)
+    tokens, expected = open_tokens(shared_folder, "train", meta, 16), whole(shared_folder)
+    assert len(meta["shards"]) == 5 and len(tokens) == len(expected)
+    for start in range(0, len(tokens), 31):
         for length in (1, 17, 5000):
             assert np.array_equal(tokens[start : start + length], expected[start : start + length])
     ends = np.cumsum(meta["shards"])
@@ -340,9 +349,9 @@ def test_shards_are_read_as_one(folder):
         assert np.array_equal(tokens[start : start + 3], expected[start : start + 3])
 
 
-def test_batches_are_those_of_one_file(folder):
-    """So windows are drawn uniformly, across the borders too, and depend on (seed, step) alone."""
-    tokens, expected = open_tokens(folder, "train", read_meta(folder), 16), whole(folder)
+def test_batches_are_those_of_one_file(shared_folder):
+    """So windows are drawn uniformly, across borders too, and depend on (seed, step) alone."""
+    tokens, expected = open_tokens(shared_folder, "train", read_meta(shared_folder), 16), whole(shared_folder)
     for step in range(20):
         batch, other = (sample_batch(ids, 64, 8, 3, step, 1, 2) for ids in (tokens, expected))
         assert all(map(torch.equal, batch, other))
@@ -372,41 +381,16 @@ def test_shards_too_short_for_the_context(folder):
         open_tokens(folder, "train", meta, meta["tokens"]["train"])
 
 
-def pretrain(folder, out):
-    shape = ["--block_size", 32, "--n_layer", 1, "--n_embd", 16, "--n_inner", 16, "--n_head", 2, "--head_dim", 8]
-    flags = ["--preset", "tiny", "--device", "cpu", "--max_steps", 4, "--batch_size", 8, "--eval_windows", 2]
-    sys.argv = ["train.py", *map(str, [*shape, *flags, "--dataset", folder, "--out_dir", out])]
-    run_script(train.main)
+def test_ids_of_shards_are_checked_when_drawn(folder):
+    path = folder / "train-00003.bin"
+    np.full_like(np.fromfile(path, np.uint16), 259).tofile(path)
+    tokens = open_tokens(folder, "train", read_meta(folder), 16)
+    with pytest.raises(UserError, match="train-00003.bin holds token id 259, outside the vocabulary of 259"):
+        sample_batch(tokens, 16, 100, seed=0, step=0)
 
 
-def test_training_on_shards(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [])
-    pretrain(folder, tmp_path / "shards")
-    ids = whole(folder)
-    for path in folder.glob("train-*.bin"):
-        np.full_like(np.fromfile(path, np.uint16), 259).tofile(path)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        pretrain(folder, tmp_path / "damaged")
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and len(error.splitlines()) == 1
-    assert ".bin holds token id 259, outside the vocabulary of 259" in error
-    ids.tofile(folder / "train.bin")
-    meta = read_meta(folder)
-    del meta["shards"]
-    (folder / "meta.json").write_text(json.dumps(meta))
-    pretrain(folder, tmp_path / "one")
-    logs = [(tmp_path / out / "log.csv").read_text().splitlines() for out in ("shards", "one")]
-    losses = [[row.split(",")[1] for row in log] for log in logs]
-    assert losses[0] == losses[1] and len(losses[0]) == 5
-
-
-def test_prepared_on_first_use(tmp_path, monkeypatch):
+def test_prepared_on_first_use(home, tmp_path):
     write_parquet(tmp_path / "rows.parquet", texts(100))
-    home = tmp_path / "fineweb_edu"
-    home.mkdir()
-    (home / "prepare.py").touch()
-    monkeypatch.setattr(dataset, "__file__", str(tmp_path / "dataset.py"))
     assert prepared_directory("fineweb_edu", str(tmp_path / "rows.parquet"), tokenizer="bytes") == home
     assert read_meta(home)["source"] == str(tmp_path / "rows.parquet")
     before = (home / "meta.json").stat().st_mtime_ns

@@ -1,0 +1,252 @@
+"""Write data sets: get texts or rows, tokenize them, and write the files that data/dataset.py reads.
+
+Rows are tokenized on all cores, in memory that does not grow with the data. Files appear when they are complete, and
+meta.json last.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.dataset import token_dtype
+from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
+from engine.files import atomic_write
+from engine.settings import Parser, UserError
+
+VAL_EVERY = 20  # of examples, of tiny's documents and of those in a first shard, every 20th is held out
+CHUNK = 64  # rows that a process tokenizes at a time
+PROGRESS = dict(disable=None, leave=False)  # a progress bar on a terminal only, and only while it runs
+
+# ---------------------------------------------------------------------------------------------------
+# Sources
+
+
+def load_from_hub(path, load="load_dataset", **options):
+    """Call datasets.load_dataset, or another of its functions. Raises UserError if the hub cannot be reached."""
+    import datasets  # here, because it takes seconds to import and prepared data do not need it
+
+    print(f"loading {path} from the hub")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report each of its retries
+    try:
+        return getattr(datasets, load)(path, **options)
+    except Exception as error:  # the hub's client, its HTTP library and the operating system each raise their own
+        raise UserError(
+            f"{path} cannot be loaded from the hub ({type(error).__name__}); use a local file with --source FILE, "
+            "or --preset tiny, which needs no download"
+        ) from error
+
+
+def open_rows(hub_name, revision, source):
+    """Open the JSONL file `source`, or else a data set on the hub -> rows, their number or None, the source's name."""
+    if not source:
+        rows = load_from_hub(hub_name, split="train", revision=revision)
+        return rows, len(rows), f"{hub_name} {revision}"
+
+    def lines():
+        with open(source, "rb") as file:
+            yield from (line for line in file if line.strip())
+
+    try:
+        total = None if Path(source).is_fifo() else sum(1 for _ in lines())  # a pipe can be read only once
+    except OSError as error:
+        raise UserError(f"cannot read {source}: {error.strerror}") from error
+    return lines(), total, str(Path(source).resolve())
+
+
+def parse_row(row):
+    """Parse a line of a JSONL file, None if it is not JSON. A row that is parsed already stays as it is."""
+    if not isinstance(row, bytes):
+        return row
+    try:
+        return json.loads(row.decode("utf-8-sig"))  # json.loads alone would take some lines for UTF-16
+    except (ValueError, RecursionError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Text
+
+
+def write_dataset(directory, documents, tokenizer, source):
+    """Tokenize {"train": [text, ...], "val": [text, ...]} into `directory`, one document after another."""
+    directory = Path(directory)
+    encoding = get_tokenizer(tokenizer)
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_text(directory)
+    meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "tokens": {}, "crc32": {}, "source": source}
+    for split, texts in documents.items():
+        count = checksum = 0
+        with atomic_write(directory / f"{split}.bin") as path, open(path, "wb") as file:
+            for text in tqdm(texts, f"tokenizing {split}", unit=" documents", **PROGRESS):
+                ids = encode_document(text, encoding)
+                file.write(ids)
+                count, checksum = count + len(ids), zlib.crc32(ids, checksum)
+        meta["tokens"][split], meta["crc32"][split] = count, checksum
+    write_meta(directory, meta)
+    print(f"{directory}: {format_splits(meta['tokens'], 'tokens')} ({tokenizer} tokenizer)")
+
+
+def encode_document(text, encoding):
+    """Encode a text and the token that ends it -> ids (N,)."""
+    ids = [*encoding.encode_ordinary(text), encoding.encode_single_token(END_OF_TEXT)]
+    return np.array(ids, token_dtype(encoding.n_vocab))
+
+
+def remove_text(directory):
+    """Remove meta.json, progress.json and the shards of an earlier text, which may have been more."""
+    for path in [directory / "meta.json", directory / "progress.json", *directory.glob("train-*.bin")]:
+        path.unlink(missing_ok=True)
+
+
+def write_meta(directory, meta, name="meta.json"):
+    with atomic_write(directory / name) as path:
+        path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def format_splits(counts, unit):
+    return ", ".join(f"{count:,} {unit} for {split}" for split, count in counts.items())
+
+
+def format_report(report):
+    return ", ".join(f"{count:,} {what}" for what, count in report.items())
+
+
+# ---------------------------------------------------------------------------------------------------
+# On all cores
+
+
+def chunked(rows):
+    """Yield lists of CHUNK rows; the last may be shorter."""
+    rows = iter(rows)
+    return iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+
+
+def parallel_map(function, chunks, *arguments, processes=None):
+    """Yield function(chunk, *arguments) for every chunk, in order, computed by as many processes as there are cores.
+
+    Only 4 chunks a process are read ahead. `function` is pickled, so it must be at the top level of a module.
+    """
+    processes, pending = processes or os.cpu_count(), deque()
+    with ProcessPoolExecutor(processes, initializer=_end_with_parent) as pool:
+        pool.submit(os.getpid).result()  # starts the processes before reading the chunks starts threads
+        for chunk in chunks:
+            pending.append(pool.submit(function, chunk, *arguments))
+            if len(pending) > 4 * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _end_with_parent():
+    """Let the parent process alone handle Ctrl-C, and end when it ends, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Examples
+
+
+class SkippedRow(ValueError):
+    """A row that cannot become an example. The message is the reason; meta.json has a count for each reason."""
+
+
+def write_examples(directory, rows, tokenize, tokenizer, block_size, source, total=None):
+    """Tokenize rows into examples and write them to `directory`.
+
+    tokenize(row, encoding, block_size) returns the rows of an example, [(ids, mask), ...], or raises SkippedRow. It is
+    pickled, so it must be at the top level of a module. Ids beyond block_size are cut off. `total` is the number of
+    rows, for the progress bar. Raises UserError if there are fewer than two examples, one for each split.
+    """
+    directory, encoding, report = Path(directory), get_tokenizer(tokenizer), Counter(rows=0, cut=0)
+    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        train, val = (_ExampleWriter(directory, split, stack) for split in ("train", "val"))
+        chunks = parallel_map(_tokenize_chunk, chunked(rows), tokenize, tokenizer, block_size)
+        results = itertools.chain.from_iterable(chunks)
+        for example, is_cut, reason in tqdm(results, "tokenizing", total, unit=" rows", **PROGRESS):
+            report.update(rows=1, cut=is_cut)
+            if reason:
+                report[reason] += 1
+            else:
+                (train if (train.examples + val.examples) % VAL_EVERY else val).add(example)
+        if not train.examples:
+            usable = f"{val.examples}; the least is 2 ({format_report(report)})"
+            raise UserError(f"{source} has too few usable examples, {usable}")
+        (directory / "meta.json").unlink(missing_ok=True)  # until here the files of an earlier set stay complete
+    meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "block_size": block_size, "source": source}
+    for count in ("examples", "tokens", "crc32"):
+        meta[count] = {"train": getattr(train, count), "val": getattr(val, count)}
+    write_meta(directory, meta | {"report": report})
+    counts = format_splits(meta["examples"], "examples")
+    print(f"{directory}: {counts} ({tokenizer} tokenizer); {format_report(report)}")
+
+
+class _ExampleWriter:
+    """Writes examples to SPLIT.bin, SPLIT.mask.bin and SPLIT.offsets.bin. They are complete when `stack` is closed."""
+
+    def __init__(self, directory, split, stack):
+        names = (f"{split}.bin", f"{split}.mask.bin", f"{split}.offsets.bin")
+        self.ids, self.mask, self.offsets = (open_atomic(directory / name, stack) for name in names)
+        self.examples = self.tokens = self.crc32 = 0
+        self.offsets.write(np.int64(0))
+
+    def add(self, example):
+        for ids, mask in example:
+            self.tokens += len(ids)
+            self.crc32 = zlib.crc32(mask, zlib.crc32(ids, self.crc32))
+            self.ids.write(ids)
+            self.mask.write(mask)
+            self.offsets.write(np.int64(self.tokens))
+        self.examples += 1
+
+
+def open_atomic(path, stack):
+    """Open a file for writing. It gets its name when `stack`, an ExitStack, is closed."""
+    return stack.enter_context(open(stack.enter_context(atomic_write(path)), "wb"))
+
+
+def _tokenize_chunk(rows, tokenize, tokenizer, block_size):
+    """Tokenize rows -> for each, its example as a list of (ids, mask), 1 if it was cut, and why it is skipped or ""."""
+    encoding, results = get_tokenizer(tokenizer), []
+    dtype = token_dtype(encoding.n_vocab)
+    for row in rows:
+        try:
+            example = tokenize(parse_row(row), encoding, block_size)
+        except SkippedRow as error:
+            results.append(([], 0, str(error)))
+            continue
+        arrays = [(np.array(ids[:block_size], dtype), np.array(mask[:block_size], np.uint8)) for ids, mask in example]
+        results.append((arrays, int(any(len(ids) > block_size for ids, _ in example)), ""))
+    return results
+
+
+def prepare_examples(description, prepare, folder, kind):
+    """Parse the command line of a prepare.py for examples, and call its prepare function.
+
+    `folder` is the data set's folder. `kind`, sft or dpo, is the subfolder to write to.
+    """
+    parser = Parser(description)
+    parser.add_argument("--source", default="", help="local JSONL file, instead of the hub")
+    parser.add_argument("--tokenizer", default="gpt2", choices=TOKENIZERS)
+    parser.add_argument("--block_size", default=2048, type=int, help="longer examples are cut (default: 2048)")
+    parser.add_argument(
+        "--out_dir", default=folder, help=f"the data set's folder, for a folder {kind} (default: this one)"
+    )
+    args = parser.parse_args()
+    if args.block_size < 2:
+        raise UserError(f"--block_size {args.block_size} has no room for an answer")
+    prepare(Path(args.out_dir) / kind, args.source, args.tokenizer, args.block_size)

@@ -1,0 +1,433 @@
+"""A run's folder: its lock, its checkpoints, and how a run resumes from them.
+
+    ckpt.pt             the latest state: model, optimizer, random state, settings, step
+    ckpt-previous.pt    the one before, in case that is damaged
+    best.pt             the model with the lowest validation loss so far
+    adapter.pt          its adapters alone, after tuning
+
+A checkpoint is one dict of tensors and plain values. Several processes that have a sharded model write its tensors in
+parts, all at once, into a folder parts-STEP that ckpt.pt names (torch.distributed.checkpoint, DCP); any number of
+processes can read them. One file becomes of them with
+
+    python -m engine.checkpoint out/pretrain
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import warnings
+import zipfile
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from engine import parallel
+from engine.device import rng_state, set_rng_state
+from engine.files import atomic_write, locked
+from engine.settings import Parser, UserError, is_allowed, run_script
+
+if dist.is_available():
+    import torch.distributed.checkpoint as dcp
+
+NEWEST, PREVIOUS, DAMAGED, BEST = "ckpt.pt", "ckpt-previous.pt", "ckpt-damaged.pt", "best.pt"
+RUN_FILES = ("log.csv", BEST, "adapter.pt", "lambdas.csv", DAMAGED, PREVIOUS, NEWEST)  # NEWEST is moved last
+FORMAT = 1  # of checkpoints: one more whenever what is in them changes
+
+# ---------------------------------------------------------------------------------------------------
+# The folder
+
+
+@contextlib.contextmanager
+def run_folder(out_dir, must_exist=False):
+    """Create the run folder, or on resume require it, and lock it.
+
+    Lock before reading, so that nobody saves a newer checkpoint in between. Raises UserError if the folder is missing,
+    locked or cannot be written to.
+    """
+    out_dir = Path(out_dir)
+    if must_exist and not out_dir.is_dir():
+        raise UserError(f"there is no checkpoint {out_dir / NEWEST}: no such folder")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out_dir}: {error.strerror}") from error
+    with locked(out_dir) if parallel.RANK == 0 else contextlib.nullcontext():
+        yield
+
+
+def archive_previous_run(out_dir):
+    """Move the files of an earlier run in the folder aside, rather than overwrite them."""
+    files = [*part_folders(out_dir), *(out_dir / name for name in RUN_FILES if (out_dir / name).exists())]
+    if files:
+        archive = next(path for n in itertools.count(1) if not (path := out_dir / f"earlier-{n}").exists())
+        archive.mkdir()
+        for path in files:
+            path.rename(archive / path.name)
+        hint = " (--resume would have continued it)" if (archive / NEWEST).exists() else ""
+        print(f"the run that {out_dir} held is now in {archive}{hint}")
+
+
+def part_folders(out_dir):
+    return [path for path in out_dir.glob("parts-*") if re.fullmatch(r"parts-\d+", path.name) and path.is_dir()]
+
+
+def remove_temporary_files(out_dir):
+    """Remove the files that a killed run left half written."""
+    for path in out_dir.glob("*.tmp"):
+        name, _, process = path.stem.rpartition(".")
+        if name in RUN_FILES and process.isdecimal() and path.is_file():
+            path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files
+
+
+class Damaged(UserError):
+    """A checkpoint is missing or not whole."""
+
+
+def save_checkpoint(path, previous=None, **contents):
+    """Write a checkpoint. The one that it replaces is kept as `previous`, if that is given."""
+    try:
+        with atomic_write(path, previous) as temporary, open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **contents}, file)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(f"cannot save {path} ({reason.strerror}); what was saved before is still there") from error
+
+
+def load_checkpoint(path):
+    """Load what save_checkpoint() wrote, on the CPU. Raises UserError if it is missing, damaged or something else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load ignores the checksums
+                raise ValueError
+        # Memory-mapped, it takes no memory of its own, even if several processes read it. Windows cannot replace such a
+        # file.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
+        missing = [n for n in ("model", "config", "settings", "data") if not isinstance(checkpoint.get(n), dict)]
+        missing += [n for n, kind in (("step", int), ("stage", str)) if not isinstance(checkpoint.get(n), kind)]
+        if "parts" in checkpoint:
+            if not (Path(path).parent / checkpoint["parts"]).is_dir():
+                raise Damaged(f"{path} needs the folder {checkpoint['parts']} beside it")
+            resolve_parts(checkpoint, Path(path).parent)
+    except Damaged:
+        raise
+    except FileNotFoundError as error:
+        raise Damaged(f"there is no checkpoint {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # zip, pickle, key, attribute and runtime errors: torch.load has none of its own
+        raise Damaged(f"{path} is damaged, or not a checkpoint ({type(error).__name__})") from error
+    if missing:
+        raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(missing)}")
+    if checkpoint.get("format", FORMAT) not in range(1, FORMAT + 1):
+        raise UserError(f"{path} was written by a newer version of this project")
+    return checkpoint
+
+
+def load_latest(out_dir):
+    """Load the newest intact checkpoint of a locked run folder. Falls back to the previous one and reports it."""
+    newest, previous = out_dir / NEWEST, out_dir / PREVIOUS
+    if not newest.exists() and not previous.exists():
+        raise UserError(f"there is no checkpoint {newest} to resume from; --out_dir names the run's folder")
+    try:
+        return load_checkpoint(newest)
+    except Damaged as error:
+        try:
+            checkpoint = load_checkpoint(previous)
+        except Damaged as older:
+            hint = "--init_from best.pt would begin a new run with the weights there"
+            raise Damaged(f"{error}, and {older}; {hint}") from older
+        print(f"{error}; going on from the one before it, of step {checkpoint['step']}")
+        if newest.exists():
+            newest.replace(out_dir / DAMAGED)
+        previous.rename(newest)  # the next checkpoint must not replace the only intact one
+        return checkpoint
+
+
+def load_weights(model, checkpoint):
+    """Load a checkpoint's weights into a model and return it. Raises UserError if they do not fit or are not finite."""
+    if "parts" in checkpoint:
+        folder = checkpoint["parts"].parent
+        raise UserError(f"the checkpoint is in parts; python -m engine.checkpoint {folder} makes one file of it")
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (AttributeError, RuntimeError, TypeError) as error:  # TypeError: names or tensors of another type
+        is_tuned = any(".lora_" in str(name) for name in checkpoint["model"])
+        hint = f": its adapters are apart, but {BEST} beside it holds the whole model" if is_tuned else ""
+        raise UserError(f"the checkpoint's weights do not fit{hint}") from error
+    if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
+        raise UserError("the checkpoint's weights are not all finite: that run diverged")
+    return model
+
+
+def load_optimizer_state(optimizer, saved):
+    """Load the moments of a saved optimizer, but not its learning rates, which follow from the settings.
+
+    Raises some error if they do not fit. The fused kernel would not notice, and write beyond them.
+    """
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state[parameter]
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if state["step"].numel() != 1 or any(m.shape != parameter.shape or not m.is_contiguous() for m in moments):
+            raise ValueError
+
+
+# ---------------------------------------------------------------------------------------------------
+# A run
+
+
+def resume_settings(given, settings_class, stage):
+    """For --resume: the settings of the run in out_dir, overridden by the flags given now, and its checkpoint."""
+    if clash := {"preset", "init_from"} & given.keys():
+        raise UserError(f"--resume goes on with a run as it was begun; it does not go with --{clash.pop()}")
+    out_dir = Path(given.get("out_dir", settings_class.out_dir))
+    with parallel.main_process_first():  # it may have to fall back to the previous checkpoint
+        checkpoint = load_latest(out_dir)
+    if checkpoint["stage"] != stage:
+        raise UserError(f"{out_dir / NEWEST} is a checkpoint of the stage {checkpoint['stage']}, not {stage}")
+    saved = {f.name: f for f in fields(settings_class) if f.name in checkpoint["settings"]}
+    for name, f in saved.items():
+        saved[name] = checkpoint["settings"][name]
+        if not is_allowed(f, saved[name]):
+            raise UserError(f"{out_dir / NEWEST} is no checkpoint to resume from: its {name} cannot be used")
+    for f in fields(settings_class):
+        begun = saved.get(f.name, f.default)
+        if f.metadata["fixed"] and given.get(f.name, begun) != begun:
+            raise UserError(f"the run was begun with --{f.name} {begun}, which --resume cannot change")
+    # The data were prepared when the run began, and the run folder may have been moved since.
+    return settings_class(**{**saved, "source": "", "out_dir": str(out_dir), **given}), checkpoint
+
+
+class Checkpointer:
+    """Saves and restores a task and its optimizer in the folder of a run.
+
+    `step` counts the steps taken before; `best_val_loss` is the lowest validation loss so far. A task has settings,
+    stage, meta (of its data) and model, and methods state_dict(), what ckpt.pt holds of the model, and
+    best_state_dicts(), {file name: state_dict} of the files for the next stage.
+    """
+
+    def __init__(self, task, optimizer):
+        self.task, self.optimizer, self.out_dir = task, optimizer, Path(task.settings.out_dir)
+        self.step, self.best_val_loss, self.last_parts = 0, math.inf, None
+
+    def start(self, checkpoint=None):
+        """Restore the run from its checkpoint, or make room for a new one."""
+        if checkpoint:
+            self.restore(checkpoint)
+        if parallel.RANK == 0:
+            remove_temporary_files(self.out_dir)
+            if not checkpoint:
+                archive_previous_run(self.out_dir)
+        else:
+            seed = self.task.settings.seed + 1000 * self.step + parallel.RANK
+            torch.manual_seed(seed)  # other dropout than process 0's
+
+    def restore(self, checkpoint):
+        if checkpoint["data"] != self.task.meta:
+            raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
+        try:
+            self.step, self.best_val_loss = checkpoint["step"], self.saved_best_val_loss()
+            if parallel.is_sharded(self.task.model):
+                load_sharded(self.task.model, self.optimizer, checkpoint)
+            else:
+                load_optimizer_state(self.optimizer, checkpoint["optimizer"])
+            set_rng_state(checkpoint["rng"])
+            if self.step < 1:
+                raise ValueError
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{self.out_dir / NEWEST} is no checkpoint to resume from") from error
+        self.last_parts = checkpoint.get("parts")
+
+    def saved_best_val_loss(self):
+        """The loss of best.pt, which may be from steps after the last checkpoint; infinite if that cannot be read."""
+        try:
+            return float(load_checkpoint(self.out_dir / BEST)["best_val_loss"])
+        except (Damaged, KeyError, TypeError, ValueError):
+            return math.inf
+
+    def save_if_best(self, step, val_loss):
+        """Save the model for the next stage if its loss is the lowest so far. Returns True if it is."""
+        if not val_loss < self.best_val_loss:  # also if it is NaN
+            return False
+        self.best_val_loss = val_loss
+        for name, state_dict in self.task.best_state_dicts().items():
+            self.write(name, step, state_dict)
+        return True
+
+    def save(self, step):
+        """Write ckpt.pt, the checkpoint to resume from, and keep the one before."""
+        state = dict(rng=rng_state(), previous=self.out_dir / PREVIOUS)
+        if not parallel.is_sharded(self.task.model):
+            if parallel.RANK == 0:
+                self.write(NEWEST, step, self.task.state_dict(), optimizer=self.optimizer.state_dict(), **state)
+            return
+        folder, optimizer = self.out_dir / f"parts-{step}", self.optimizer.state_dict() | {"state": {}}
+        save_parts(folder, self.task.model, self.optimizer)
+        self.write(NEWEST, step, {}, parts=folder.name, optimizer=optimizer, **state)
+        if parallel.RANK == 0:
+            for old in {*part_folders(self.out_dir)} - {folder, self.last_parts}:
+                shutil.rmtree(old)
+        self.last_parts = folder
+
+    def write(self, name, step, state_dict, **more):
+        if parallel.RANK:
+            return
+        task = self.task
+        save_checkpoint(
+            self.out_dir / name, model=state_dict, config=asdict(task.model.config), settings=asdict(task.settings),
+            data=task.meta, stage=task.stage, step=step, best_val_loss=self.best_val_loss, **more,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a list to which SIGINT and SIGTERM are appended, so that a run can save before it ends.
+
+    The second signal ends the program at once.
+    """
+    received, previous = [], {}
+
+    def receive(number, frame):
+        received.append(signal.Signals(number))
+        signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # the reader of a pipe may have got the signal, too
+            os.write(1, b"\nsaving after this step; once more quits at once\n")  # print() cannot interrupt itself
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints in parts
+
+
+def sharded_tensors(model, optimizer):
+    """All tensors of a checkpoint by name, in place: loading writes into them."""
+    named = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        named |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
+    return named
+
+
+def save_parts(folder, model, optimizer):
+    with dcp_errors():
+        dcp.save(sharded_tensors(model, optimizer), checkpoint_id=folder)
+
+
+def load_sharded(model, optimizer, checkpoint):
+    """Load the optimizer's state into a sharded model's optimizer, and from parts the weights too.
+
+    Raises some error, in all processes, if it does not fit.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            step = torch.zeros((), device=p.device)
+            optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    if "parts" in checkpoint:
+        with dcp_errors():
+            return dcp.load(sharded_tensors(model, optimizer), checkpoint_id=checkpoint["parts"])
+    for number, state in optimizer.state_dict()["state"].items():
+        for name, tensor in state.items():
+            saved = checkpoint["optimizer"]["state"][number][name]
+            if saved.shape != tensor.shape:
+                raise ValueError
+            parallel.scatter(saved, tensor)
+
+
+def resolve_parts(checkpoint, out_dir):
+    """Put the parts' folder into a checkpoint, or for a single process the tensors that it holds.
+
+    Raises some error if the parts are not complete.
+    """
+    checkpoint["parts"] = folder = out_dir / checkpoint["parts"]
+    metadata = read_metadata(folder).state_dict_metadata
+    if parallel.WORLD_SIZE > 1:
+        return
+    named = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in metadata.items()}
+    with dcp_errors(), warnings.catch_warnings(action="ignore"):  # that there is one process
+        dcp.load(named, checkpoint_id=checkpoint.pop("parts"))
+    for name, tensor in named.items():
+        kind, name = name.split(".", 1)
+        if kind == "model":
+            checkpoint["model"][name] = tensor
+        else:
+            number, name = name.split(".")
+            checkpoint["optimizer"]["state"].setdefault(int(number), {})[name] = tensor
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads the .metadata of a folder of parts without running code: only classes that DCP writes there are known."""
+
+    known = {
+        "torch": "Size float32 bfloat16", "torch.serialization": "_get_layout",
+        "torch.distributed.checkpoint.metadata":
+            "Metadata TensorStorageMetadata TensorProperties ChunkStorageMetadata MetadataIndex StorageMeta "
+            "_MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        "pathlib": "PosixPath WindowsPath", "pathlib._local": "PosixPath WindowsPath",
+    }  # fmt: skip
+
+    def find_class(self, module, name):
+        if name not in self.known.get(module, "").split():
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+        return super().find_class(module, name)
+
+
+def read_metadata(folder):
+    """DCP's metadata of a folder of parts. Raises some error if it is missing, damaged or not written by DCP."""
+    if not (folder / ".metadata").exists():  # which is written last
+        raise ValueError("it is not complete")
+    with open(folder / ".metadata", "rb") as file:
+        metadata = MetadataUnpickler(file).load()
+    if not all(re.fullmatch(r"__\d+_\d+\.distcp", part.relative_path) for part in metadata.storage_data.values()):
+        raise ValueError("it names other files")
+    for part in metadata.storage_data.values():
+        path = folder / part.relative_path
+        if not path.exists() or path.stat().st_size < part.offset + part.length:
+            raise ValueError(f"{path.name} is not complete")
+    return metadata
+
+
+@contextlib.contextmanager
+def dcp_errors():
+    """Reduce DCP's errors, which have the traces of all processes, to their first cause."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        reason = cause if isinstance(cause, OSError) else type(cause).__name__
+        raise UserError(f"a checkpoint in parts failed: {reason}") from error
+
+
+def main():
+    parallel.refuse_torchrun()
+    parser = Parser(__doc__, prog="python -m engine.checkpoint")
+    parser.add_argument("out_dir", type=Path, help=f"a run's folder, whose {NEWEST} becomes one file")
+    path = parser.parse_args().out_dir / NEWEST
+    with run_folder(path.parent, must_exist=True):
+        save_checkpoint(path, **load_checkpoint(path))
+    print(f"{path} is one file now")
+
+
+if __name__ == "__main__":
+    run_script(main)

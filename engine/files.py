@@ -1,0 +1,58 @@
+"""Files that are never seen half written, and folders that one process at a time writes to."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import filelock
+
+from engine.settings import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path, previous=None):
+    """Yield a temporary path beside `path`, and rename it to `path` at the end.
+
+    The file that was there before is kept as `previous`, if that is given.
+    """
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:  # Windows syncs only a file that is open for writing
+            os.fsync(file.fileno())  # else a power cut could leave the new name on missing data
+        if previous and Path(path).exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names no file
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class FolderInUse(UserError):
+    """Another process is writing to the folder."""
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other processes out of a folder, by its file `lock`. The lock ends with the process, however that ends.
+
+    Raises FolderInUse if another process holds it, UserError if the folder cannot be written to. On a file system
+    without locks, the caller goes on without one.
+    """
+    lock = filelock.FileLock(Path(folder) / "lock")
+    try:
+        open(lock.lock_file, "a").close()  # filelock would report a folder that is read-only as locked
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise FolderInUse(f"another run is writing to {folder}; --out_dir names another folder") from error
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()

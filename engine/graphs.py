@@ -1,0 +1,104 @@
+"""Compilation, and CUDA graphs: many GPU kernels replayed with a single launch."""
+
+import copy
+
+import torch
+import torch._functorch.config
+import torch.nn as nn
+
+
+def wants_compile(mode, device):
+    """True if the flag --compile (auto, on, off) asks for torch.compile on this device."""
+    return mode == "on" or (mode == "auto" and device.type == "cuda")
+
+
+def compile_model(model):
+    """torch.compile a model, or the forward() of a layer.
+
+    The backward pass may recompute cheap things that feed a matrix product, like norms, instead of keeping them: a
+    fifth less memory, about 1 % slower.
+    """
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    return torch.compile(model)
+
+
+def compile_layers(model):
+    """Compile the layers of a model, in place, for batches of any shape.
+
+    Each operation rounds to bf16 as it does uncompiled: DPO's policy and reference are different programs, whose
+    results must not differ where their weights do not.
+    """
+    torch._dynamo.config.specialize_float = True  # else LoRA's scale is computed anew, on the CPU
+    for layer in model.layers:  # they share a program; one for a whole model of many shapes would take minutes
+        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+
+
+def bf16_copy(model, device):
+    """Copy a model to `device` with its frozen matrices in bf16, without a float32 copy on the way."""
+    frozen = [p for p in model.parameters() if p.ndim == 2 and not p.requires_grad]
+    cast = {id(p): nn.Parameter(p.bfloat16().to(device), requires_grad=False) for p in frozen}
+    return copy.deepcopy(model, cast).to(device)
+
+
+def cuda_graph(function, pool=None):
+    """Record what function() does on the GPU, and return a function that does it again with a single launch.
+
+    function() is called three times. It has to find its inputs and leave its results at the same places each time.
+    """
+    stream, graph, random = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.get_rng_state()
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # a graph may not use weights that autocast has cast before
+    try:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles and plans; neither may happen while recording
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use the GPU
+            function()
+    finally:
+        torch.set_autocast_cache_enabled(caching)
+    torch.cuda.set_rng_state(random)  # as if nothing had been drawn yet
+    return graph.replay
+
+
+class GraphedForwardBackward:
+    """train.forward_backward as CUDA graphs, one for every shape of a micro-batch.
+
+    A step on a few thousand tokens has more than two thousand kernels, which take longer to launch one by one than to
+    run. `loss_fn` may not look at a value (.item()), nor depend on anything but its arguments and the parameters.
+    """
+
+    def __init__(self, loss_fn, parameters):
+        self.loss_fn, self.parameters = loss_fn, [p for p in parameters if p.requires_grad]
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]  # graphs write to a fixed place
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+
+    def __call__(self, *tensors):
+        """Add a micro-batch's gradients to .grad, and return what loss_fn does. The next call overwrites it."""
+        if self.parameters[0].grad is None:  # the first micro-batch of a step
+            torch._foreach_zero_(self.gradients)
+            for parameter, gradient in zip(self.parameters, self.gradients):
+                parameter.grad = gradient
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self.record(tensors)
+        inputs, values, replay = self.graphs[shapes]
+        for graph_input, tensor in zip(inputs, tensors):
+            graph_input.copy_(tensor)
+        replay()
+        return values
+
+    def record(self, tensors):
+        """Record the graph for tensors of these shapes -> its inputs, its results, and the function that runs it."""
+        inputs, values = [tensor.clone() for tensor in tensors], {}
+        before = [gradient.clone() for gradient in self.gradients]
+
+        def forward_backward():
+            share = self.loss_fn(*inputs)
+            torch._foreach_add_(self.gradients, torch.autograd.grad(share["loss"], self.parameters))
+            values.update({name: value.detach() for name, value in share.items()})
+
+        replay = cuda_graph(forward_backward, self.pool)
+        torch._foreach_copy_(self.gradients, before)  # recording has added to them
+        return inputs, values, replay

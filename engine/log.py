@@ -1,0 +1,171 @@
+"""What a run tells: its description, a row of log.csv for every step, lines on the screen, a summary."""
+
+import contextlib
+import csv
+import math
+import os
+import statistics
+import textwrap
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from engine import parallel
+from engine.device import peak_flops, synchronize
+from engine.files import atomic_write
+from engine.settings import UserError
+
+MAX_SKIPPED = 10  # skipped steps in a row that end a run
+
+
+class Diverged(UserError):
+    """The run no longer learns."""
+
+
+def describe(task):
+    """Print the settings of a run, its data and its model."""
+    settings = "  ".join(f"{name}={value}" for name, value in asdict(task.settings).items())
+    print(textwrap.fill(settings, 118, initial_indent="settings: ", subsequent_indent="  ", break_on_hyphens=False))
+    meta, unit = task.meta, "examples" if "examples" in task.meta else "tokens"
+    counts = ", ".join(f"{count:,} {split}" for split, count in meta[unit].items())
+    print(f"data: {meta['source']} ({counts} {unit}, {meta['tokenizer']} tokenizer)")
+    is_gpu, threads = task.device.type == "cuda", torch.get_num_threads()
+    machine = torch.cuda.get_device_name(task.device) if is_gpu else f"CPU, {threads} threads"
+    if parallel.WORLD_SIZE > 1:
+        machine = f"{parallel.WORLD_SIZE} x {machine}"
+    parameters = list(task.model.parameters())
+    total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    size = f"{si(total)} parameters" + (f", {si(trained)} of them trained" if trained < total else "")
+    if task.flops_per_unit:
+        size += f", {si(task.flops_per_unit)} FLOPs a {task.unit.removesuffix('s')}"
+    print(f"model: {task.model.config.attn}, {size}, on {machine}")
+
+
+class Log:
+    """The log of a run. Keeps losses on the device and reads them every log_interval steps.
+
+    So the GPU never waits for the CPU to catch up. The clock leaves out validation and saving. A task has a `unit`
+    whose count a second is its speed ("tokens"), and names of `metrics` beside the loss.
+    """
+
+    def __init__(self, task):
+        settings, self.device, self.unit, self.metrics = task.settings, task.device, task.unit, task.metrics
+        self.path, self.max_steps = Path(settings.out_dir) / "log.csv", settings.max_steps
+        self.flops, self.peak = task.flops_per_unit, peak_flops(task.device)
+        self.columns = ["step", "loss", *self.metrics, "grad_norm", "skipped", "lr", f"{self.unit}_per_s", "mfu"]
+        self.columns += [f"val_{name}" for name in ("loss", *self.metrics)]
+        self.rows, self.speeds, self.started = [], [], time.perf_counter()  # rows: those not written yet
+        self.began, self.skipped, self.skipped_in_a_row = self.started, 0, 0
+
+    def open(self, step):
+        """Begin log.csv, or keep its rows up to `step`: an interrupted run repeats those after its checkpoint."""
+        rows, kept = [], set(map(str, range(1, step + 1)))
+        if step and self.path.exists():
+            with open(self.path, encoding="utf-8-sig", errors="replace") as file:  # csv would stumble over damage
+                names, *lines = [line.rstrip("\n").split(",") for line in file] or [[]]
+            rows = [dict(zip(names, values)) for values in lines if len(values) == len(names)]  # not torn by a crash
+            rows = [row for row in rows if row.get("step") in kept]
+        if parallel.RANK == 0:
+            with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+        for row in rows:
+            self.count_skipped(row.get("skipped") == "1")
+        self.started = time.perf_counter()
+
+    def add(self, row):
+        """Add the row of a step: numbers, or tensors on the device; `count` is how many units the step has taken in."""
+        self.rows.append(row)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Stop the clock, once the GPU has done what it was given so far."""
+        synchronize(self.device)
+        paused = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused
+
+    def flush(self):
+        """Write the rows added so far and print the last.
+
+        Raises Diverged if too many steps had to be skipped, or a validation loss is not finite.
+        """
+        synchronize(self.device)
+        now, count = time.perf_counter(), sum(row["count"] for row in self.rows)
+        speed, seconds_per_step = count / (now - self.started), (now - self.started) / len(self.rows)
+        mfu = round(speed * self.flops / self.peak, 4) if self.flops and self.peak else ""
+        rows = [
+            {name: int(value) if name in ("step", "skipped") else float(value) for name, value in row.items()}
+            for row in self.rows
+        ]
+        measured = {f"{self.unit}_per_s": round(speed, 1), "mfu": mfu}
+        if parallel.RANK == 0:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns, extrasaction="ignore").writerows(row | measured for row in rows)
+        self.print_row(rows[-1], speed, seconds_per_step)
+        for row in rows:
+            self.check(row)
+        self.speeds += [speed] * len(rows)
+        self.rows, self.started = [], now
+
+    def print_row(self, row, speed, seconds_per_step):
+        columns = [f"step {row['step']:>5}/{self.max_steps}", f"loss {row['loss']:.4f}"]
+        columns += [f"{name} {row[name]:.3f}" for name in self.metrics[:2]]  # a line has no room for more
+        columns += [f"grad norm {row['grad_norm']:.3f}", f"lr {row['lr']:.2e}", f"{si(speed)} {self.unit}/s"]
+        if self.flops and self.peak:
+            columns.append(f"{speed * self.flops / self.peak:.1%} MFU")
+        elif self.flops:
+            columns.append(f"{si(speed * self.flops)} FLOP/s")
+        minutes, seconds = divmod(round((self.max_steps - row["step"]) * seconds_per_step), 60)
+        print_line(" | ".join([*columns, f"{minutes}m{seconds:02}s left"]))
+
+    def check(self, row):
+        advice = "try a lower --learning_rate or a longer --warmup_steps"
+        self.count_skipped(row["skipped"])
+        if row["skipped"]:
+            print_line(f"step {row['step']} skipped: loss or gradient not finite ({self.skipped} so far)")
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise Diverged(
+                f"{MAX_SKIPPED} steps in a row up to {row['step']} gave no finite gradient and were skipped; {advice}"
+            )
+        if not all(math.isfinite(value) for name, value in row.items() if name.startswith("val_")):
+            raise Diverged(f"the validation after step {row['step']} is not finite; {advice}")
+
+    def count_skipped(self, skipped):
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+
+def summarize(task, checkpointer, log):
+    """Print speed, memory and best loss of a run that is done, and a sample of the model's text."""
+    if not log.speeds:  # nothing was left to do
+        return
+    speed, minutes = statistics.median(log.speeds), (time.perf_counter() - log.began) / 60
+    text = f"done in {minutes:.1f} minutes: {si(speed)} {task.unit}/s (median)"
+    if log.peak and log.flops:
+        text += f", {speed * log.flops / log.peak:.1%} MFU"
+    if task.device.type == "cuda":
+        text += f", {torch.cuda.max_memory_allocated(task.device) / 2**30:.1f} GiB peak memory"
+    best = checkpointer.out_dir / "best.pt"
+    print(f"{text}; best validation loss {checkpointer.best_val_loss:.4f} in {best}")
+    print(f"sample:\n{textwrap.indent(task.sample(), '    ')}")
+
+
+def print_line(text):
+    """Print; if nobody reads any more, because the terminal or pipe is closed, the run goes on in silence."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def si(number):
+    """A number with an SI prefix: 158700000 -> "159M"."""
+    for prefix in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g}{prefix}"
+        number /= 1000
+    return f"{number:.3g}T"

@@ -1,0 +1,192 @@
+"""Training by several processes, one a GPU, on PyTorch's own engine. A single process needs nothing of it.
+
+    torchrun --standalone --nproc_per_node=2 train.py    # parameters, gradients and optimizer are sharded (FSDP2)
+    torchrun --standalone --nproc_per_node=2 sft.py      # a copy of the model each; the adapters' gradients are summed
+
+The loss of a batch is a sum of shares, over micro-batches and over processes, and so is its gradient. Process 0 alone
+prints and writes files, except for checkpoints in parts (engine/checkpoint.py).
+"""
+
+import contextlib
+import itertools
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.graphs import compile_model
+from engine.settings import UserError
+
+if dist.is_available():
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+# What torchrun tells each process. Clusters set the same names for other programs, so they count under torchrun alone.
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def refuse_torchrun():
+    """Raise UserError in a script that several processes would only run several times."""
+    if WORLD_SIZE > 1:
+        raise UserError("this runs as one process, without torchrun")
+
+
+@contextlib.contextmanager
+def process_group():
+    """Connect the processes, and silence all but process 0. Raises UserError if another process has ended."""
+    if WORLD_SIZE == 1:
+        yield
+        return
+    if not dist.is_available():
+        raise UserError("this PyTorch has no torch.distributed; run one process, without torchrun")
+    if RANK:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=12))  # process 0 may have data to prepare
+    try:
+        yield
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # "Connection closed by peer", or reset
+            raise
+        raise UserError("another process has ended, see its error") from error
+    dist.destroy_process_group()
+
+
+def all_reduce_max(number):
+    """The highest of all processes' numbers, for a decision that they must agree on. Waits for all."""
+    if WORLD_SIZE == 1:
+        return number
+    number = torch.tensor(int(number))
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+def all_reduce_sum(values, device, parameters=()):
+    """The sums over all processes of {name: number or tensor}, and of the parameters' gradients, in place.
+
+    FSDP has summed the gradients of sharded parameters already.
+    """
+    if WORLD_SIZE == 1:
+        return values
+    for parameter in parameters:
+        if not isinstance(parameter, DTensor):
+            dist.all_reduce(parameter.grad)
+    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values.values()])
+    dist.all_reduce(total)
+    return dict(zip(values, total))
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """Let process 0 run the block before the others, which then find the files that it has written."""
+    if RANK:
+        all_reduce_max(0)
+    yield
+    if not RANK:
+        all_reduce_max(0)
+
+
+def check_batch_size(settings):
+    """Lower micro_batch_size to a process's part of the batch; raise UserError if it does not divide the batch."""
+    settings.micro_batch_size = min(settings.micro_batch_size, max(1, settings.batch_size // WORLD_SIZE))
+    if settings.batch_size % (settings.micro_batch_size * WORLD_SIZE):
+        size = f"{settings.micro_batch_size}" + (f" times {WORLD_SIZE} processes" if WORLD_SIZE > 1 else "")
+        raise UserError(f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {size}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sharded models
+
+
+def build_on_device(build, device, compiles):
+    """Build a model on its device -> the model, and what to call in training: itself or a compiled form of it.
+
+    With several processes it is sharded, and its layers are compiled one by one.
+    """
+    if WORLD_SIZE > 1:
+        model = shard(build, device, compile_model if compiles else None)
+        return model, model
+    model = build().to(device)
+    return model, compile_model(model) if compiles else model
+
+
+def shard(build, device, compile=None):
+    """Shard the model that build() returns over all processes, with the values that it has in one process (FSDP2).
+
+    Process 0 builds it whole on its CPU, the others build its shapes only. Each layer is gathered while it computes,
+    and so are embedding and head together, in bf16 on CUDA; what is kept, summed and optimized is float32. `compile` is
+    applied to the forward() of each layer and of the last norm.
+    """
+    built = dict(named_tensors(build())) if RANK == 0 else {}
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # that weights loaded there have no effect
+        model = build()
+    mesh = dist.init_device_mesh(device.type, (WORLD_SIZE,))
+    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
+    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)  # the rotary tables stay float32
+    for module in (*model.layers, model.norm) if compile else ():
+        module.forward = compile(module.forward)
+    for module in (*model.layers, model):
+        # A layer that keeps its activations for the backward pass can stay gathered until then as well.
+        reshard = getattr(module, "activation_checkpointing", False)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        module.set_gradient_divide_factor(1.0)  # a sum, not a mean
+        module.set_force_sum_reduction_for_comms(True)
+        register_fsdp_forward_method(module, "lambdas" if module is model else "lam")
+    model.to_empty(device=device)
+    for name, tensor in named_tensors(model):
+        scatter(built.get(name), tensor)
+    return model
+
+
+def named_tensors(model):
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+@torch.no_grad()
+def scatter(value, tensor):
+    """Copy process 0's tensor `value` into `tensor` on all processes, into each its part if that is sharded."""
+    like = dict(device=tensor.device, dtype=tensor.dtype)
+    source = torch.empty(tensor.shape, **like) if RANK else value.detach().to(**like)
+    if isinstance(tensor, DTensor):
+        tensor.copy_(distribute_tensor(source, tensor.device_mesh, tensor.placements))
+    else:
+        dist.broadcast(source, 0)
+        tensor.copy_(source)
+
+
+def sync_grads_on_last_micro_batch(model, micro_batches):
+    """Sum the gradients of so many micro-batches on each GPU before they are reduced, and keep layers gathered.
+
+    Less traffic, for the memory of a whole model in bf16 and its gradients in float32.
+    """
+    done = itertools.count(1)
+
+    def before_forward(*_):
+        if torch.is_grad_enabled():
+            is_last = next(done) % micro_batches == 0
+            model.set_requires_gradient_sync(is_last)
+            model.set_reshard_after_backward(is_last)
+
+    model.register_forward_pre_hook(before_forward)
+
+
+def is_sharded(model):
+    return WORLD_SIZE > 1 and any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def full_tensor(tensor):
+    """A tensor that may be sharded, whole. All processes have to call it."""
+    return tensor.full_tensor() if WORLD_SIZE > 1 and isinstance(tensor, DTensor) else tensor
+
+
+def gather(tensors):
+    """{name: sharded tensor} -> {name: whole tensor} on process 0's CPU, nothing on the others."""
+    if WORLD_SIZE == 1:
+        return tensors
+    whole = ((name, full_tensor(tensor)) for name, tensor in tensors.items())  # one at a time on the GPU
+    return {name: tensor.cpu() for name, tensor in whole if RANK == 0}
