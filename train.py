@@ -190,7 +190,7 @@ def training_step(task, optimizer, lr, micro_batches, max_norm=1.0):
 
     The shares of the micro-batches, and of all processes, add up to the loss and gradient of the whole batch. Gradients
     are clipped to a norm of max_norm; grad_norm is the norm before. If loss or gradient are not finite, the step is
-    skipped: weights and optimizer stay as they are. The gradients remain in .grad until the next step.
+    skipped: weights and optimizer stay as they are. The gradients remain in .grad until the next step, for on_step.
     """
     optimizer.zero_grad()
     row = {}
@@ -201,11 +201,13 @@ def training_step(task, optimizer, lr, micro_batches, max_norm=1.0):
     row = parallel.all_reduce_sum(row, task.device, parameters)
     row["grad_norm"] = parallel.full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm))
     row["skipped"] = ~torch.isfinite(row["loss"] + row["grad_norm"])
-    # Fused AdamW does nothing where found_inf is 1. An `if` would wait for the GPU.
-    optimizer.found_inf = row["skipped"].float()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused AdamW does nothing where found_inf is 1
+        optimizer.found_inf = row["skipped"].float()
+        optimizer.step()
+    elif not row["skipped"]:  # with another optimizer, the CPU waits here for the GPU
+        optimizer.step()
     return row
 
 

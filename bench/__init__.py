@@ -1,12 +1,14 @@
-"""Benchmarks: `python -m bench.NAME` prints a table and writes it to out/bench/NAME.json; --smoke tries it anywhere.
-NAME is attention, pretrain, finetune, decode or table2; runs and figures have other outputs, and probes is for them.
+"""Benchmarks: `python -m bench.NAME` prints a table and writes it to out/bench/NAME.json.
 
-A time is the median over runs of the median over calls, after a warm-up: CUDA events on a GPU, the clock elsewhere.
+NAME is attention, pretrain, finetune, decode or table2. `--smoke` tries it on any machine. bench.runs trains the models
+of docs/results.md, bench.probes measures them, and bench.figures draws them.
+
+A time is the median over runs of the median over calls, after a warm-up. CUDA events measure it on a GPU, the clock
+elsewhere.
 """
 
 import argparse
 import contextlib
-import functools
 import gc
 import io
 import json
@@ -15,123 +17,169 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-import model
-import parallel
 import train
-from data import Parser, UserError
 from data.dataset import prefetch
-from model import GPT
+from engine import parallel
+from engine.attention import flash_attn_func, kernels
+from engine.device import autocast, choose_device, synchronize
+from engine.graphs import wants_compile
+from engine.settings import Parser, UserError
+from model import GPT, GPTConfig, pad_vocab
 
-SMOKE = dict(calls=2, runs=1, warmup=1)  # for median_ms
-LARGE = dict(calls=5, runs=1)  # of a model whose step takes seconds
+GPT2_VOCAB = 50257
+SMOKE = dict(calls=2, runs=1, warmup=1)  # options of median_ms
+LARGE = dict(calls=5, runs=1)  # the same, for a model whose step takes seconds
+
+# ---------------------------------------------------------------------------------------------------
+# Arguments
 
 
-def count(text):
-    """The type of a flag that is a positive whole number."""
+def positive_int(text):
+    """The type of a flag that is a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
     return int(text)
 
 
-def parse_arguments(name, description, several=False, **flags):
-    """The arguments of bench.NAME, whose `flags` are {name: keywords of add_argument}, and its device. Only with
-    `several` it may run in several processes."""
-    if not several:
-        parallel.refuse_several()
+def parse_arguments(name, description, allow_torchrun=False, **flags):
+    """Parse the command line of bench.NAME -> its arguments and its device.
+
+    `flags` are {name: keywords of add_argument}.
+    """
+    if not allow_torchrun:
+        parallel.refuse_torchrun()
     parser = Parser(description, prog=f"python -m bench.{name}")
     for flag, keywords in flags.items():
         if keywords.get("default") and "action" not in keywords:
             keywords = {**keywords, "help": f"{keywords['help']} (default: %(default)s)"}
         parser.add_argument(f"--{flag}", **keywords)
-    parser.add_argument("--smoke", action="store_true", help="small shapes in place of those asked for, few calls")
+    parser.add_argument("--smoke", action="store_true", help="few calls, of small shapes instead of those asked for")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", default="out/bench", help="folder of the JSON file (default: %(default)s)")
     arguments = parser.parse_args()
-    return arguments, train.choose_device(arguments.device)
+    return arguments, choose_device(arguments.device)
 
 
 def batch_size(tokens, length):
-    if tokens % (length * parallel.PROCESSES):
-        times = f" times {parallel.PROCESSES} processes" * (parallel.PROCESSES > 1)
+    """The number of sequences in a batch of so many tokens. Raises UserError if the processes cannot share them."""
+    if tokens % (length * parallel.WORLD_SIZE):
+        times = f" times {parallel.WORLD_SIZE} processes" if parallel.WORLD_SIZE > 1 else ""
         raise UserError(f"--tokens {tokens} is not a multiple of --length {length}{times}")
     return tokens // length
 
 
+# ---------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def preset_shape(preset, attn):
+    """The settings of train.py that a preset has for an attention."""
+    shapes = train.SHAPES[preset]
+    return {**train.PRESETS[preset], **shapes.get(attn, shapes["vanilla"]), "attn": attn, "preset": preset}
+
+
 def model_config(attn, block_size, smoke, preset="ldiff", attn_impl="auto"):
-    """The shape of a preset's model, or to try things of the tiny one."""
-    preset = "tiny" if smoke else preset
-    shape = {**train.PRESETS[preset], **train.shape_of(preset, attn), "attn": attn, "block_size": block_size}
-    return train.build_config(train.Settings(**shape, attn_impl=attn_impl), vocab_size=257 if smoke else 50257)
+    """The GPTConfig of a preset's model, with GPT-2's vocabulary. In a smoke test, the tiny model with one of bytes."""
+    settings = train.Settings(**preset_shape("tiny" if smoke else preset, attn))
+    shape = {name: getattr(settings, name) for name in train.MODEL_FLAGS}
+    shape |= dict(n_kv_head=settings.n_kv_head or settings.n_head, block_size=block_size, attn_impl=attn_impl)
+    return GPTConfig(**shape, vocab_size=pad_vocab(257 if smoke else GPT2_VOCAB))
 
 
 def chunked_loss(model, inputs, targets):
     return model(inputs, targets)[1]
 
 
-def training_step(config, tokens, device, compile, loss=chunked_loss, recompute=False):
-    """A function that takes a training step of a new model on the same random tokens, and the model."""
+def training_step(config, tokens, device, compile, loss=chunked_loss, activation_checkpointing=False):
+    """Build a model -> a function that takes a training step, always on the same random tokens, and the model."""
     torch.manual_seed(1)
 
     def build():
-        on = torch.get_default_device()  # meta, if parallel.shard wants shapes only
-        with on if on.type == "meta" else device:  # a GPU draws random numbers quickly
+        default = torch.get_default_device()  # meta, where parallel.shard wants shapes only
+        with default if default.type == "meta" else device:  # a GPU draws random numbers quickly
             model = GPT(config)
-        return model.checkpoint_activations() if recompute else model
+        return model.set_activation_checkpointing(activation_checkpointing)
 
-    model, compiled = train.place(build, device, train.wants_compile(compile, device))
+    model, compiled = parallel.build_on_device(build, device, wants_compile(compile, device))
     optimizer = train.make_optimizer(model, weight_decay=0.1)
-    rows = batch_size(tokens, config.block_size) // parallel.PROCESSES
+    rows = batch_size(tokens, config.block_size) // parallel.WORLD_SIZE
     ids = torch.randint(256, (rows, config.block_size + 1), device=device)
-    batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
+    micro_batches = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
 
-    def loss_of(inputs, targets):
-        with train.autocast(device):
+    def task_loss(inputs, targets):
+        with autocast(device):
             return {"loss": loss(compiled, inputs, targets)}
 
-    accumulate = functools.partial(train.accumulate, loss_of)
-    return lambda: train.optimizer_step(optimizer, 1e-4, accumulate, batch), model
+    task = SimpleNamespace(loss=task_loss, device=device, graphed=None)
+    return lambda: train.training_step(task, optimizer, 1e-4, micro_batches), model
 
 
-def median_ms(work, device, calls=10, runs=3, warmup=3):
-    """Milliseconds that one call of `work` takes."""
+# ---------------------------------------------------------------------------------------------------
+# Time and memory
+
+
+def median_ms(function, device, calls=10, runs=3, warmup=3):
+    """The milliseconds that one call of `function` takes."""
     for _ in range(warmup):
-        work()
-    return statistics.median(statistics.median(_timed_calls(work, device, calls)) for _ in range(runs))
+        function()
+    return statistics.median(statistics.median(_timed_calls(function, device, calls)) for _ in range(runs))
 
 
-def _timed_calls(work, device, calls):
+def _timed_calls(function, device, calls):
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for _ in range(calls):
-            work()
+            function()
             marks.append(time.perf_counter())
         return [1000 * (after - before) for before, after in zip(marks, marks[1:])]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
     marks[0].record()
     for mark in marks[1:]:
-        work()
+        function()
         mark.record()
     torch.cuda.synchronize(device)
     return [before.elapsed_time(after) for before, after in zip(marks, marks[1:])]
 
 
-def loop_ms(run, steps, log=None):
-    """Milliseconds a step of a loop like train.fit, whose batches another thread makes, with its log if given. The
-    first two of the steps, at least 3, are not counted."""
-    for step, (work, micro_batches) in enumerate(prefetch(run.make_batch, range(1, steps + 1), run.device), start=1):
+def loop_ms(task, optimizer, steps, log=None):
+    """The milliseconds that a step takes in a loop like train.fit, where another thread makes the batches.
+
+    With `log`, the loop also writes it. The first two of the steps, of which there are at least 3, do not count.
+    """
+    batches = prefetch(task.get_batch, range(1, steps + 1), task.device)
+    for step, (count, micro_batches) in enumerate(batches, start=1):
         if step == 3:
-            train.synchronize(run.device)
+            synchronize(task.device)
             started = time.perf_counter()
-        measured = train.optimizer_step(run.optimizer, 1e-4, run.accumulate, micro_batches)
+        row = train.training_step(task, optimizer, 1e-4, micro_batches)
         if log:
-            log.rows.append(dict(step=step, lr=1e-4, work=work, **measured))
-            if step % run.settings.log_interval == 0:
+            log.add({"step": step, "lr": 1e-4, "count": count} | row)
+            if step % task.settings.log_interval == 0:
                 log.flush()
-    train.synchronize(run.device)
+    synchronize(task.device)
     return 1000 * (time.perf_counter() - started) / (steps - 2)
+
+
+def reset_memory(device):
+    """Free what earlier measurements have left: memory, its peak, and compiled programs."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device):
+    """The peak of the GPU memory in tensors since reset_memory(), in GiB. None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Output
 
 
 @contextlib.contextmanager
@@ -141,59 +189,45 @@ def quiet():
         yield
 
 
-def fresh_memory(device):
-    """Forget what earlier measurements left: memory, its peak, and compiled programs."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_gib(device):
-    """The most GPU memory that tensors took since fresh_memory, in GiB; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-
-
 def environment(device):
-    """What a figure depends on, beside the code."""
+    """What a measurement depends on, besides the code."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {
         "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "machine": gpu or f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
-        "processes": parallel.PROCESSES,
+        "processes": parallel.WORLD_SIZE,
         "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        "triton": model.kernels and model.kernels.triton.__version__, "flash_attn": model.flash_attn_func is not None,
+        "triton": kernels and kernels.triton.__version__, "flash_attn": flash_attn_func is not None,
     }  # fmt: skip
 
 
 class Table:
-    """Rows of {column: value}, printed as Markdown while they come, and kept in a JSON file."""
+    """Rows of {column: value}. Each is printed as Markdown when it is added, and all are kept in a JSON file."""
 
     def __init__(self, name, arguments, device):
         self.path = Path(arguments.out) / f"{name}{'-smoke' if arguments.smoke else ''}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows, self.about = [], environment(device)
-        print("  ".join(f"{key}={value}" for key, value in self.about.items()))
+        self.rows, self.environment = [], environment(device)
+        print("  ".join(f"{key}={value}" for key, value in self.environment.items()))
         print(f"written to {self.path}:\n")
 
     def add(self, labels, measure, *arguments):
-        """A row of `labels` and what measure(*arguments) returns; "out of memory" if it runs out of it."""
+        """Add a row of `labels` and of what measure(*arguments) returns, or of a note if it runs out of memory."""
         try:
             row = labels | measure(*arguments)
         except torch.OutOfMemoryError:
-            if parallel.PROCESSES > 1:  # the others would wait for this one
+            if parallel.WORLD_SIZE > 1:  # the others would wait for this process
                 raise
             row = labels | {"note": "out of memory"}
         if not self.rows:
             print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
-        print("| " + " | ".join(map(_short, row.values())) + " |", flush=True)
+        print("| " + " | ".join(map(format_value, row.values())) + " |", flush=True)
         self.rows.append(row)
         if parallel.RANK == 0:
-            self.path.write_text(json.dumps(self.about | {"rows": self.rows}, indent=1) + "\n")
+            self.path.write_text(json.dumps(self.environment | {"rows": self.rows}, indent=1) + "\n")
 
 
-def _short(value):
+def format_value(value):
     if not isinstance(value, float):
         return "-" if value is None else str(value)
     return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"

@@ -3,29 +3,30 @@
 python -m bench.attention                          # every implementation at 2048, 8192 and 32768 tokens
 python -m bench.attention --length 4096 --impl sdpa naive
 
-V1 and V2 are measured without the subtraction, but for `fused`, the kernel that contains it. TFLOP/s are those of the
-multiplications that attention to both maps takes when they are not fused.
+V1 and V2 are measured without the subtraction. Only `fused`, the kernel that contains it, is measured with it. TFLOP/s
+count the multiplications of both maps' attention when it is not fused.
 """
 
 import itertools
 
 import torch
 
-from bench import SMOKE, Table, batch_size, count, fresh_memory, median_ms, model_config, parse_arguments, peak_gib
-from data import UserError, run_script
-from model import ATTENTION, attention, flash_attn_func, gpu_generation, kernels
+from bench import SMOKE, Table, batch_size, median_ms, model_config, parse_arguments, peak_gib, positive_int, reset_memory
+from engine.attention import attention, differential_attention, flash_attn_func, gpu_generation, kernels
+from engine.settings import UserError, run_script
+from model import ATTENTION
 
 IMPLS = ("fused", "sdpa", "flash_attn", "naive")
 FLAGS = dict(
     attn=dict(nargs="+", default=list(ATTENTION), choices=list(ATTENTION), help="kinds of attention"),
     impl=dict(nargs="+", default=list(IMPLS), choices=[*IMPLS, "auto"], help="implementations"),
-    length=dict(nargs="+", type=count, default=[2048, 8192, 32768], help="context lengths"),
-    tokens=dict(type=count, default=65536, help="tokens in all; the batch is tokens / length"),
+    length=dict(nargs="+", type=positive_int, default=[2048, 8192, 32768], help="context lengths"),
+    tokens=dict(type=positive_int, default=65536, help="tokens of a batch, which has tokens / length rows"),
 )
 
 
 def random_qkv(attn, length, arguments, device):
-    """q, k and v of one layer, (B, T, heads, width) each."""
+    """Draw q, k and v of one layer, (B, T, heads, width) each."""
     config = model_config(attn, length, arguments.smoke)
     kind, D = ATTENTION[attn], config.head_dim
     heads = (
@@ -33,34 +34,35 @@ def random_qkv(attn, length, arguments, device):
         (config.n_kv_head, D),
         (config.n_kv_head // kind.value_width, kind.value_width * D),
     )
-    options = dict(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, requires_grad=True)
-    B = batch_size(arguments.tokens, length)
+    dtype, B = torch.bfloat16 if device.type == "cuda" else torch.float32, batch_size(arguments.tokens, length)
+    options = dict(device=device, dtype=dtype, requires_grad=True)
     return [torch.randn(B, length, n, width, **options) for n, width in heads]
 
 
 def attend(q, k, v, lam, impl):
     if impl == "fused":
-        return kernels.differential_attention(q, k, v, lam)
+        return differential_attention(q, k, v, lam)
     return attention(q, k, v, causal=True, impl=impl)
 
 
 def measure(attn, impl, length, arguments, device):
-    fresh_memory(device)
+    reset_memory(device)
     q, k, v = random_qkv(attn, length, arguments, device)
     lam = torch.rand(q.size(0), length, q.size(2) // 2, device=device, dtype=q.dtype)
-    few = SMOKE if arguments.smoke else {}
+    options = SMOKE if arguments.smoke else {}
     with torch.no_grad():
-        forward_ms = median_ms(lambda: attend(q, k, v, lam, impl), device, **few)
+        forward_ms = median_ms(lambda: attend(q, k, v, lam, impl), device, **options)
     y = attend(q, k, v, lam, impl)
     upstream = torch.randn_like(y)
 
     def backward():
         torch.autograd.grad(y, (q, k, v), upstream, retain_graph=True)
 
-    backward_ms = median_ms(backward, device, **few)
-    # Products of width D: scores, and in the backward pass again, dq, dk; of width Dv: values, dv, the maps' gradient.
+    backward_ms = median_ms(backward, device, **options)
+    # Four products have width D: the scores, in both passes, dq and dk. Three have width Dv: the values, dv, and the
+    # gradient of the maps.
     width = 4 * q.size(3) + 3 * v.size(3)
-    flops = 2 * arguments.tokens * length / 2 * q.size(2) * width  # causal maps are half empty
+    flops = 2 * arguments.tokens * length / 2 * q.size(2) * width  # half of a causal map is empty
     tflops = flops / (forward_ms + backward_ms) / 1e9
     return dict(forward_ms=forward_ms, backward_ms=backward_ms, tflops=tflops, peak_gib=peak_gib(device))
 

@@ -1,43 +1,44 @@
-"""Speed of generating text: one token at a time for a batch of sequences, with the 159M model, in tokens a second.
+"""Speed of generating text with the 159M model, one token at a time for a batch of sequences, in tokens a second.
 
 python -m bench.decode                         # prompt 128 and 256 new tokens; contexts of 2048 and 32768
 python -m bench.decode --batch 1 --context 2048
 
-The first column of speeds is of whole answers, prompt included. In the others the cache is as large as the largest
-context, and holds random numbers. The likeliest token is taken each time, and left on the GPU.
+The first column has the speed of whole answers, including the prompt. The others have the speed at the end of a context;
+the cache is as large as the largest context, and holds random numbers. Decoding takes the likeliest token, and leaves it
+on the GPU.
 """
 
 import itertools
 
 import torch
 
-import train
-from bench import SMOKE, Table, count, fresh_memory, median_ms, model_config, parse_arguments, peak_gib
-from data import UserError, run_script
-from model import ATTENTION, GPT, Decoder
+from bench import SMOKE, Table, median_ms, model_config, parse_arguments, peak_gib, positive_int, reset_memory
+from engine.generate import Decoder, prepare_for_inference
+from engine.graphs import wants_compile
+from engine.settings import UserError, run_script
+from model import ATTENTION, GPT
 
 FLAGS = dict(
     attn=dict(nargs="+", default=list(ATTENTION), choices=list(ATTENTION), help="kinds of attention"),
-    batch=dict(nargs="+", type=count, default=[1, 64], help="sequences at a time"),
+    batch=dict(nargs="+", type=positive_int, default=[1, 64], help="sequences"),
     context=dict(
-        nargs="*", type=count, default=[2048, 32768], help="tokens before the new ones; none: whole answers only"
+        nargs="*", type=positive_int, default=[2048, 32768], help="tokens before the new ones; none: whole answers only"
     ),
     compile=dict(default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: with a GPU"),
 )
 
 PROMPT, NEW = 128, 256  # tokens of a whole answer
-STEPS = 32  # timed together at the end of a context
+STEPS = 32  # tokens that are timed together at the end of a context
 
 
 def make_decoder(attn, batch, length, arguments, device):
-    fresh_memory(device)
-    compiling = train.wants_compile(arguments.compile, device)
-    model = GPT(model_config(attn, length, arguments.smoke)).to(device).freeze()
-    return Decoder(model, batch, length, compiling, temperature=0)
+    reset_memory(device)
+    model = prepare_for_inference(GPT(model_config(attn, length, arguments.smoke)).to(device))
+    return Decoder(model, batch, length, compile=wants_compile(arguments.compile, device), temperature=0)
 
 
-def answer_ms(decoder, prompt, new, device, few):
-    """Milliseconds of a whole answer."""
+def answer_ms(decoder, prompt, new, device, options):
+    """The milliseconds of a whole answer, of `new` tokens."""
     idx = torch.randint(256, (len(decoder.token), prompt), device=device)
 
     def answer():
@@ -45,11 +46,11 @@ def answer_ms(decoder, prompt, new, device, few):
         for _ in range(new - 1):
             decoder.step()
 
-    return median_ms(answer, device, **few)
+    return median_ms(answer, device, **options)
 
 
-def context_ms(decoder, context, device, few):
-    """Milliseconds of STEPS tokens that end a context."""
+def context_ms(decoder, context, device, options):
+    """The milliseconds of the last STEPS tokens of a context."""
 
     def steps():
         decoder.used = context - STEPS
@@ -57,20 +58,20 @@ def context_ms(decoder, context, device, few):
         for _ in range(STEPS):
             decoder.step()
 
-    return median_ms(steps, device, **few)
+    return median_ms(steps, device, **options)
 
 
 def measure(attn, batch, arguments, device):
-    (prompt, new), few = ((8, 8), SMOKE) if arguments.smoke else ((PROMPT, NEW), dict(calls=3))
+    (prompt, new), options = ((8, 8), SMOKE) if arguments.smoke else ((PROMPT, NEW), dict(calls=3))
     decoder = make_decoder(attn, batch, prompt + new, arguments, device)
-    speeds = {f"{prompt}+{new}": 1000 * batch * new / answer_ms(decoder, prompt, new, device, few)}
+    speeds = {f"{prompt}+{new}": 1000 * batch * new / answer_ms(decoder, prompt, new, device, options)}
     if arguments.context:
         del decoder
         decoder = make_decoder(attn, batch, max(arguments.context), arguments, device)
         for tensor in itertools.chain(*decoder.cache.layers):
             tensor.normal_()
     for context in arguments.context:
-        speeds[str(context)] = 1000 * batch * STEPS / context_ms(decoder, context, device, few)
+        speeds[str(context)] = 1000 * batch * STEPS / context_ms(decoder, context, device, options)
     return speeds | {"peak_gib": peak_gib(device)}
 
 

@@ -4,8 +4,8 @@ python -m bench.finetune                       # SFT of 16 x 1024 tokens, DPO of
 python -m bench.finetune --attn v2 --stage dpo
 python -m bench.finetune --preset 10b          # SFT of 8 x 2048 tokens, DPO of 4 pairs of 1024 + 1024
 
-Rows have no padding; in SFT every token is learned. step_ms is a step on a batch that is on the GPU already, loop_ms
-one of the training loop, which makes batches meanwhile; the speeds are the loop's.
+Rows have no padding, and SFT learns every token. step_ms is the time of a step on a batch that is on the GPU already.
+loop_ms is the time of a step in the training loop, where another thread makes the batches. The speeds are the loop's.
 """
 
 import itertools
@@ -19,9 +19,10 @@ import numpy as np
 import dpo
 import sft
 import train
-from bench import LARGE, SMOKE, Table, fresh_memory, loop_ms, median_ms, model_config, parse_arguments, peak_gib, quiet
-from data import run_script
-from data.dataset import prefetch, write_examples
+from bench import LARGE, SMOKE, Table, loop_ms, median_ms, model_config, parse_arguments, peak_gib, quiet, reset_memory
+from data.dataset import prefetch
+from data.write import write_examples
+from engine.settings import run_script
 from model import ATTENTION, GPT
 
 FLAGS = dict(
@@ -31,55 +32,56 @@ FLAGS = dict(
     compile=dict(default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: with a GPU"),
 )
 
-STAGES = {"sft": (sft, sft.SFT, 1), "dpo": (dpo, dpo.DPO, 2)}  # script, run, answers to a prompt
+STAGES = {"sft": (sft, sft.SFT), "dpo": (dpo, dpo.DPO)}
 
-# tokens of the prompt and of the answer, examples a step
+# tokens of the prompt, tokens of the answer, examples of a batch
 SHAPES = {"sft": (0, 1024, 16), "dpo": (256, 256, 8)}
-LARGE_SHAPES = {"sft": (0, 2048, 8), "dpo": (1024, 1024, 4)}  # of 1b and 10b
+LARGE_SHAPES = {"sft": (0, 2048, 8), "dpo": (1024, 1024, 4)}  # for the presets 1b and 10b
 SMOKE_SHAPES = {"sft": (0, 32, 2), "dpo": (8, 8, 2)}
 
 
-def random_rows(example, encoding, block_size):
-    """For write_examples, of an example (tokens of the prompt, tokens of the answer, answers, seed)."""
-    prompt, answer, answers, seed = example
+def random_example(row, encoding, block_size):
+    """Draw an example for write_examples; `row` is (tokens of the prompt, tokens of an answer, answers, seed)."""
+    prompt, answer, answers, seed = row
     random = np.random.default_rng(seed)
     mask = [0] * prompt + [1] * answer
     return [(random.integers(256, size=prompt + answer).tolist(), mask) for _ in range(answers)]
 
 
-def make_run(stage, attn, arguments, folder, device):
-    """A run of SFT or DPO on random examples, from a model with random weights."""
-    script, kind, answers = STAGES[stage]
+def make_task(stage, attn, arguments, folder, device):
+    """The task of SFT or DPO on random examples, with random weights."""
+    script, task_class = STAGES[stage]
     shapes = SHAPES if arguments.preset == "ldiff" else LARGE_SHAPES
     prompt, answer, examples = (SMOKE_SHAPES if arguments.smoke else shapes)[stage]
-    rows = [(prompt, answer, answers, seed) for seed in range(8 * examples)]
-    write_examples(folder / "random" / stage, rows, random_rows, "bytes", prompt + answer, "random")
+    rows = [(prompt, answer, task_class.rows_per_example, seed) for seed in range(8 * examples)]
+    write_examples(folder / "random" / stage, rows, random_example, "bytes", prompt + answer, "random")
     config = model_config(attn, prompt + answer, arguments.smoke, arguments.preset)
-    with device:  # where random numbers are quick
+    with device:  # a GPU draws random numbers quickly
         weights = GPT(config).state_dict()
-    start = {"model": weights, "config": asdict(config), "data": {"tokenizer": "bytes"}}
-    preset = {"micro_batch_size": examples, **script.PRESETS[arguments.preset]}
-    own = dict(preset=arguments.preset, attn=attn, dataset=f"{folder}/random", batch_size=examples)
-    own |= dict(device=arguments.device, compile=arguments.compile)
-    return kind(script.Settings(**preset | own), start)
+    checkpoint = {"model": weights, "config": asdict(config), "data": {"tokenizer": "bytes"}}
+    settings = {"micro_batch_size": examples, **script.PRESETS[arguments.preset]}
+    settings |= dict(preset=arguments.preset, attn=attn, dataset=f"{folder}/random", batch_size=examples)
+    settings |= dict(device=arguments.device, compile=arguments.compile)
+    return task_class(script.Settings(**settings), checkpoint)
 
 
 def measure(stage, attn, arguments, device):
-    fresh_memory(device)
+    reset_memory(device)
     if arguments.smoke:
-        steps, few = 4, SMOKE
+        steps, options = 4, SMOKE
     else:
-        steps, few = (42, dict(calls=20)) if arguments.preset == "ldiff" else (5, LARGE)
+        steps, options = (42, dict(calls=20)) if arguments.preset == "ldiff" else (5, LARGE)
     with tempfile.TemporaryDirectory() as folder, quiet():
-        run = make_run(stage, attn, arguments, Path(folder), device)
-        fresh_memory(device)  # now without the weights that it began with
-        _, batch = next(iter(prefetch(run.make_batch, range(1, 2), run.device)))
-        step_ms = median_ms(lambda: train.optimizer_step(run.optimizer, 1e-4, run.accumulate, batch), device, **few)
-        ms = statistics.median(loop_ms(run, steps) for _ in range(3))
+        task = make_task(stage, attn, arguments, Path(folder), device)
+        optimizer = train.make_optimizer(task.model, weight_decay=0.0)
+        reset_memory(device)  # without the weights of the checkpoint
+        _, batch = next(iter(prefetch(task.get_batch, range(1, 2), device)))
+        step_ms = median_ms(lambda: train.training_step(task, optimizer, 1e-4, batch), device, **options)
+        ms = statistics.median(loop_ms(task, optimizer, steps) for _ in range(3))
     tokens = sum(idx.numel() for idx, *_ in batch)
     return dict(
         step_ms=step_ms, loop_ms=ms, tokens_per_s=1000 * tokens / ms,
-        examples_per_s=1000 * run.settings.batch_size / ms, peak_gib=peak_gib(device),
+        examples_per_s=1000 * task.settings.batch_size / ms, peak_gib=peak_gib(device),
     )  # fmt: skip
 
 

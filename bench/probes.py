@@ -1,9 +1,13 @@
 """What differential attention does inside a trained model: where its heads look, and how loud what they read is.
 
-probe() measures a model on held-out text, sentence_maps() reads the maps of one sentence; bench/figures.py draws both.
-There are up to three kinds of weights: "first" and "second", the two softmax maps, and "weights", first - factor *
-second, which are what counts; the plain Transformer has "weights" alone. Shapes are as in model.py, but H are the heads
-after the subtraction, V1's pairs, and R the query positions that are looked at.
+probe() measures a model on held-out text, and sentence_maps() reads the maps of one sentence. bench/figures.py draws
+both. There are up to three kinds of weights:
+
+    first, second    the two softmax maps
+    weights          first - factor * second, which multiply the values; the plain Transformer has only these
+
+Shapes are as in model.py, but H is the number of heads after the subtraction (pairs of V1's heads), and R the number of
+query positions that are looked at.
 """
 
 import statistics
@@ -12,14 +16,15 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-import train
 from data.dataset import sample_batch
-from model import DiffAttention, at_least_float32, token_cross_entropy
+from engine.device import autocast
+from engine.loss import token_cross_entropy
+from model import at_least_float32
 
 CITIES = ("Athens", "Berlin", "Boston", "Cairo", "Delhi", "Lima", "London", "Oslo", "Paris", "Rome", "Tokyo", "Vienna")
 QUESTION = " The magic number of {} is"  # a needle goes on with " 1234567."
-NEEDLES = ((6, 7), (4, 7), (4, 5), (2, 3))  # how many a text has, and their digits: the first that fit
-PARTS = ("answer", "others", "first_token", "rest")  # of a text: the number asked for, those of the other needles, ...
+NEEDLES = ((6, 7), (4, 7), (4, 5), (2, 3))  # (needles in a text, digits of their numbers); the first that fits is used
+PARTS = ("answer", "others", "first_token", "rest")  # of a text; others: the numbers of the other needles
 LATE = 64  # last positions of a window, where the RMS of what attention reads is measured
 
 # ---------------------------------------------------------------------------------------------------
@@ -27,22 +32,26 @@ LATE = 64  # last positions of a window, where the RMS of what attention reads i
 
 
 def differential_maps(module, x, rope, rows):
-    """The maps of an attention module that reads x (B, T, C), for the queries at `rows`, a slice or a tensor of
-    positions: first and second (B, H, R, S), and the second's factor (B, H, R, 1), all at least float32. Where there is
-    one map, the others are None."""
-    q, k, *_ = module.qkv(x, rope)
+    """Compute the maps of an attention module that reads x (B, T, C) -> first, second, factor, at least float32.
+
+    The maps are (B, H, R, S), for the queries at `rows`, a slice or a tensor of positions. The factor of the second map
+    is (B, H, R, 1). An attention with one map has None for the others.
+    """
+    q, k = module.qkv(x, rope)[:2]
     q, positions = q[:, rows], torch.arange(x.size(1), device=x.device)[rows]
-    if not isinstance(module, DiffAttention):
+    if not hasattr(module, "lam"):
         return causal_maps(q, k, positions), None, None
-    keys = (k[:, :, 0::2], k[:, :, 1::2]) if module.value_width == 2 else (k, k)  # V1's key heads are in pairs as well
+    keys = (k[:, :, 0::2], k[:, :, 1::2]) if module.value_width == 2 else (k, k)  # V1 has a key head for each map
     first, second = (causal_maps(q[:, :, m::2], keys[m], positions) for m in (0, 1))
     lam = at_least_float32(module.lam(x)).expand(*x.shape[:2], first.size(1))  # (B, T, H)
     return first, second, lam[:, rows].transpose(1, 2).unsqueeze(-1)
 
 
 def causal_maps(q, k, positions):
-    """model.attention_maps() for the queries at any `positions` (R,), with or without autocast: q (B, R, H, D) and
-    k (B, S, K, D) -> (B, H, R, S)."""
+    """engine.attention.attention_maps() for queries at any `positions` (R,), in float32 even under autocast.
+
+    q (B, R, H, D), k (B, S, K, D) -> (B, H, R, S).
+    """
     k = k.repeat_interleave(q.size(2) // k.size(2), dim=2)
     with torch.autocast(q.device.type, enabled=False):
         scores = torch.einsum("brhd,bshd->bhrs", at_least_float32(q), at_least_float32(k)) * q.size(-1) ** -0.5
@@ -51,21 +60,27 @@ def causal_maps(q, k, positions):
 
 
 def layer_maps(model, idx, rows):
-    """For every layer {kind of weights: (B, H, R, S)} and the values (B, S, G, Dv), as the model reads idx (B, T)."""
+    """Yield {kind of weights: (B, H, R, S)} and the values (B, S, G, Dv) of every layer, as the model reads idx (B, T).
+
+    `rows` are the positions of the queries.
+    """
     rope, x = model.rope(idx.size(1)), model.embed(idx)
     for layer in model.layers:
-        read = layer.attn_norm(x)
-        first, second, factor = differential_maps(layer.attn, read, rope, rows)
+        attn_input = layer.attn_norm(x)
+        first, second, factor = differential_maps(layer.attn, attn_input, rope, rows)
         maps = {"weights": first}
         if second is not None:
             maps = {"weights": first - factor * second, "first": first, "second": second}
-        yield maps, layer.attn.qkv(read, rope)[2]
+        yield maps, layer.attn.qkv(attn_input, rope)[2]
         x = layer(x, rope)
 
 
 def share(weights, keys):
-    """The share of attention that `keys`, a slice or mask of S, get: weights (..., S) -> (...). Differences may be
-    negative and sum to 1 - factor, so it is sum |w| over the keys / sum |w| over all; for one map, the probability."""
+    """The share of attention that `keys`, a slice or mask of S, get: weights (..., S) -> (...).
+
+    It is sum |w| over the keys / sum |w| over all, since differences may be negative and sum to 1 - factor. For one
+    map it is the probability.
+    """
     size = weights.abs()
     return size[..., keys].sum(-1) / size.sum(-1)
 
@@ -75,9 +90,11 @@ def share(weights, keys):
 
 
 def needle_texts(encoding, tokens, length, texts, seed=1):
-    """Texts of held-out `tokens` in which needles are hidden, and which end with the question for one of them -> ids
-    (texts, length) int64, and for each text the (start, stop) of every needle's number, the one asked for first. Raises
-    ValueError if they don't fit."""
+    """Hide needles in texts of held-out `tokens`, and end each text with the question for one of them.
+
+    -> ids (texts, length) int64, and for each text the (start, stop) of every needle's number, beginning with the one
+    that is asked for. Raises ValueError if they do not fit.
+    """
     encode, rng = encoding.encode_ordinary, np.random.default_rng((seed, 2))
     count, digits = needle_size(encode, length)
     if len(tokens) <= length:
@@ -88,7 +105,7 @@ def needle_texts(encoding, tokens, length, texts, seed=1):
 
 
 def needle_size(encode, length):
-    """The number of needles and their digits: they and the question may take 7/8 of the length, at their longest."""
+    """The number of needles, and their digits. At their longest, they and the question take up to 7/8 of the length."""
     question = max(len(encode(QUESTION.format(city))) for city in CITIES)
     for count, digits in NEEDLES:
         if count * (question + digits + 2) + question <= 7 / 8 * length:  # a space and a period
@@ -97,8 +114,10 @@ def needle_size(encode, length):
 
 
 def draw_numbers(rng, encode, count, digits):
-    """Different numbers, each with a space before it, as lists of ids. All have the length that is commonest among
-    many, so that their log-probabilities compare."""
+    """Draw different numbers -> lists of ids, each with a space before the number.
+
+    All lists have the same length, the commonest among many numbers, so that log-probabilities can be compared.
+    """
     drawn = rng.integers(10 ** (digits - 1), 10**digits, size=20 * count)
     numbers = [encode(f" {number}") for number in dict.fromkeys(drawn.tolist())]
     width = statistics.mode(map(len, numbers))
@@ -106,13 +125,15 @@ def draw_numbers(rng, encode, count, digits):
 
 
 def hide_needles(rng, encode, filler, numbers):
-    """A text as long as `filler`, which gives way at its end: ids and spans as in needle_texts(). The pieces are
-    encoded apart: spans are exact, and the question has the same ids as the needle."""
+    """Hide needles in `filler`, whose end gives way to them -> ids and spans of one text, as in needle_texts().
+
+    The pieces are encoded one by one. So the spans are exact, and the question has the same ids as the needle.
+    """
     questions = [encode(QUESTION.format(city)) for city in rng.choice(CITIES, len(numbers), replace=False)]
     needles = [question + number + encode(".") for question, number in zip(questions, numbers)]
     asked = rng.integers(len(needles))
     room = len(filler) - len(questions[asked]) - sum(map(len, needles))
-    # number_scores() cuts the beginning off, which may not be a needle's.
+    # number_scores() cuts off as many tokens at the beginning as a number has. No needle may begin there.
     depths = np.sort(rng.integers(len(numbers[0]), room + 1, size=len(needles))).tolist()
     ids, spans = [], []
     for start, depth, question, number, needle in zip([0, *depths], depths, questions, numbers, needles):
@@ -125,7 +146,7 @@ def hide_needles(rng, encode, filler, numbers):
 
 
 def needle_shares(model, ids, spans):
-    """Where the last position of a needle text ids (T,) looks: {kind of weights: (n_layer, H, parts)}."""
+    """Measure where the last position of a needle text ids (T,) looks -> {kind of weights: (n_layer, H, parts)}."""
     part = torch.full_like(ids, PARTS.index("rest"))
     part[0] = PARTS.index("first_token")
     for number, (start, stop) in enumerate(spans):
@@ -138,21 +159,25 @@ def needle_shares(model, ids, spans):
 
 
 def summarize_shares(texts):
-    """What needle_shares() says of each text, averaged over texts: for each kind of weights lists by layer, the mean
-    over heads, and of all heads the one whose share on the answer is highest."""
+    """Average needle_shares() over texts -> {kind of weights: {part: list by layer, "best_head": ...}}.
+
+    A part has the mean over heads. The best head is the one of all layers with the highest share on the answer.
+    """
     summary = {}
     for kind in texts[0]:
         mean = torch.stack([shares[kind] for shares in texts]).mean(0)  # (n_layer, H, parts)
-        best, at = mean[..., PARTS.index("answer")].flatten().max(0)
-        layer, head = divmod(at.item(), mean.size(1))
+        best, index = mean[..., PARTS.index("answer")].flatten().max(0)
+        layer, head = divmod(index.item(), mean.size(1))
         summary[kind] = dict(zip(PARTS, mean.mean(1).T.tolist()))
         summary[kind]["best_head"] = dict(layer=layer, head=head, answer=best.item())
     return summary
 
 
 def number_scores(model, ids, spans):
-    """The mean log-probability, in nats a token, of every needle's number after a text ids (T,) -> (needles,). The text
-    loses as many tokens at its beginning as that adds: the context may be full."""
+    """The mean log-probability, in nats a token, of every needle's number after a text ids (T,) -> (needles,).
+
+    The context may be full, so the text loses as many tokens at its beginning as a number has.
+    """
     numbers = torch.stack([ids[start:stop] for start, stop in spans])  # (needles, W)
     W = numbers.size(1)
     texts = torch.cat((ids[W - 1 :].expand(len(numbers), -1), numbers[:, :-1]), dim=1)  # (needles, T)
@@ -161,7 +186,7 @@ def number_scores(model, ids, spans):
 
 
 def summarize_scores(scores):
-    """scores (texts, needles), of which the first of each text is of the right number."""
+    """Average scores (texts, needles), whose first column belongs to the right numbers."""
     right, wrong = scores[:, 0], scores[:, 1:]
     accuracy = (right > wrong.amax(1)).float().mean().item()
     return dict(right=right.mean().item(), wrong=wrong.mean().item(), accuracy=accuracy, chance=1 / scores.size(1))
@@ -172,8 +197,11 @@ def summarize_scores(scores):
 
 
 def window_measures(model, ids):
-    """Of a window ids (T,): the first token's share in the second half, {kind of weights: (n_layer,)}, and at the LATE
-    last positions the weights' L2 norms, and output_rms() as "output": {kind: (n_layer, H * R)}."""
+    """Measure the attention sink and the RMS of what is read in a window ids (T,) -> sink, rms.
+
+    sink is {kind of weights: (n_layer,)}, the first token's share in the second half of the window. rms is
+    {kind: (n_layer, H * R)}, the L2 norms of the weights at the LATE last positions, and as "output" output_rms().
+    """
     sink, rms = defaultdict(list), defaultdict(list)
     for maps, values in layer_maps(model, ids[None], slice(len(ids) // 2, None)):
         for kind, weights in maps.items():
@@ -184,8 +212,10 @@ def window_measures(model, ids):
 
 
 def output_rms(weights, values):
-    """The RMS of a head's output, before any norm, over that of the values: (B, H, R, S), (B, S, G, Dv) -> (B, H, R).
-    If values were uncorrelated, it would be the weights' L2 norm."""
+    """The RMS of a head's output, before any norm, over the RMS of its values.
+
+    weights (B, H, R, S), values (B, S, G, Dv) -> (B, H, R). For uncorrelated values it is the L2 norm of the weights.
+    """
     values = at_least_float32(values).transpose(1, 2).repeat_interleave(weights.size(1) // values.size(2), dim=1)
     with torch.autocast(weights.device.type, enabled=False):
         output = weights @ values  # (B, H, R, Dv)
@@ -193,8 +223,10 @@ def output_rms(weights, values):
 
 
 def summarize_windows(windows):
-    """What window_measures() says of each window: the sink, averaged over windows, and the statistics of each RMS over
-    windows, heads and positions; lists by layer."""
+    """Summarize window_measures() of many windows -> sink and norms, {kind: ...} with lists by layer.
+
+    The sink is the mean over windows. The norms have statistics over windows, heads and positions.
+    """
     sink = {kind: torch.stack([sink[kind] for sink, _ in windows]).mean(0).tolist() for kind in windows[0][0]}
     norms = {}
     for kind in windows[0][1]:
@@ -210,29 +242,36 @@ def summarize_windows(windows):
 
 @torch.no_grad()
 def probe(model, encoding, tokens, length, texts, seed=1):
-    """All that is measured at a context of `length`, on `texts` needle texts and as many windows of the held-out
-    `tokens` (N,), one at a time -> a dict for JSON. Weights that sum to 1 over n tokens have an L2 norm of at least
-    1/sqrt(n), "bound", and differences may go below (DIFF V2's argument; Microsoft, January 2026)."""
+    """Measure a model at a context of `length` -> a dict for JSON.
+
+    It reads `texts` needle texts and as many windows of the held-out `tokens` (N,), one at a time. "bound" is
+    1 / sqrt(n): weights that are positive and sum to 1 over n tokens have no smaller L2 norm. Differences can have one,
+    which is an argument for DIFF V2 (Microsoft, January 2026).
+    """
     device = model.rope_cos.device
     ids, spans = needle_texts(encoding, tokens, length, texts, seed)
     windows = sample_batch(tokens, length, texts, seed, step=0)[0]
-    with train.autocast(device):
+    with autocast(device):
         shares = [needle_shares(model, *text) for text in zip(ids.to(device), spans)]
         scores = torch.stack([number_scores(model, *text) for text in zip(ids.to(device), spans)])
         sink, norms = summarize_windows([window_measures(model, window) for window in windows.to(device)])
     answer_tokens = statistics.mean(stop - start for (start, stop), *_ in spans)
-    about = dict(attn=model.config.attn, length=length, texts=texts, seed=seed, answer_tokens=answer_tokens)
-    measured = dict(needle=summarize_shares(shares), retrieval=summarize_scores(scores), sink=sink)
-    return about | measured | dict(context_rms={"bound": length**-0.5, **norms})
+    return dict(
+        attn=model.config.attn, length=length, texts=texts, seed=seed, answer_tokens=answer_tokens,
+        needle=summarize_shares(shares), retrieval=summarize_scores(scores), sink=sink,
+        context_rms={"bound": length**-0.5, **norms},
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def sentence_maps(model, encoding, text, heads=3):
-    """For a picture: the tokens of a text, and the maps of those `heads` in which the subtraction removes most, most
-    first: min(first, factor * second), summed over all tokens but the first, where many heads rest, and averaged over
-    queries. Plain attention has none."""
+    """Read the maps of the `heads` in which the subtraction removes most -> the text's tokens and these heads' maps.
+
+    What it removes is min(first, factor * second), summed over all tokens but the first, where many heads rest, and
+    averaged over queries. The head that removes most comes first. Plain attention has none.
+    """
     ids, device = encoding.encode_ordinary(text), model.rope_cos.device
-    with train.autocast(device):
+    with autocast(device):
         layers = [maps for maps, _ in layer_maps(model, torch.tensor([ids], device=device), slice(None))]
     removed = []
     for layer, maps in enumerate(layers if "first" in layers[0] else []):
@@ -249,5 +288,5 @@ def head_maps(maps, head):
         [[round(weight, 4) for weight in row] for row in maps[kind][0, head].tolist()]
         for kind in ("first", "second", "weights")
     )
-    factor = 1 - maps["weights"][0, head, -1].sum().item()  # for both maps sum to 1
+    factor = 1 - maps["weights"][0, head, -1].sum().item()  # since both maps sum to 1
     return dict(factor=factor, first=first, second=second, difference=difference)

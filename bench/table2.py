@@ -3,11 +3,16 @@
 python -m bench.table2                  # the report's rows, then one ingredient at a time for all three attentions
 python -m bench.table2 --ablate v2      # ... for V2 alone
 
-Rows: (a) the report's baseline, (b) V1 without the pretraining methods, (c) L-Diff, (d) the plain Transformer with
-everything that L-Diff has. The ingredients: `flash`, a fused attention kernel instead of one that materialises its
-maps; `padding`, a vocabulary of a multiple of 64; `loss`, computed in chunks instead of with all logits at once;
-`compile`, torch.compile, where there is a GPU. A step is forward, backward, clipping and AdamW on random tokens;
-`minutes` are those of 1000 such steps, validation left out.
+The report's rows are (a) its baseline, (b) V1 without the pretraining methods, and (c) L-Diff. Row (d), which it leaves
+out, is the plain Transformer with all ingredients of L-Diff:
+
+    flash      a fused attention kernel, instead of one that materialises its maps
+    padding    a vocabulary that is a multiple of 64
+    loss       computed in chunks, instead of with all logits at once
+    compile    torch.compile, on a GPU
+
+A step is forward, backward, clipping and AdamW on random tokens. `minutes` is the time of 1000 such steps, without
+validation.
 """
 
 import itertools
@@ -17,21 +22,21 @@ from bench import (
     SMOKE,
     Table,
     chunked_loss,
-    count,
-    fresh_memory,
     median_ms,
     model_config,
     parse_arguments,
     peak_gib,
+    positive_int,
+    reset_memory,
     training_step,
 )
-from bench.runs import plain_loss, unpadded
-from data import run_script
+from bench.runs import plain_loss, unpadded_vocab
 from data.tokenizer import get_tokenizer
+from engine.settings import run_script
 from model import ATTENTION
 
 INGREDIENTS = ("flash", "padding", "loss", "compile")
-REPORT = {  # its rows, and (d), which it leaves out
+ROWS = {
     ("vanilla", ()): "a",
     ("v1", ("flash",)): "b",
     ("v1", INGREDIENTS): "c",
@@ -39,17 +44,18 @@ REPORT = {  # its rows, and (d), which it leaves out
     ("vanilla", INGREDIENTS): "d",
 }
 FLAGS = dict(
-    ablate=dict(nargs="*", default=list(ATTENTION), choices=list(ATTENTION), help="attentions to take apart"),
-    tokens=dict(type=count, default=16384, help="tokens a step"),
-    length=dict(type=count, default=2048, help="context length"),
+    ablate=dict(nargs="*", default=list(ATTENTION), choices=list(ATTENTION), help="attentions to measure with one ingredient each"),
+    tokens=dict(type=positive_int, default=16384, help="tokens a step"),
+    length=dict(type=positive_int, default=2048, help="context length"),
 )
 
 
 def step_with(attn, ingredients, arguments, device):
-    """A function that takes one step with these ingredients."""
+    """A function that takes one training step with these ingredients."""
     config = model_config(attn, arguments.length, arguments.smoke)
     if "padding" not in ingredients:
-        config = unpadded(config, get_tokenizer("bytes" if arguments.smoke else "gpt2"))
+        n_vocab = get_tokenizer("bytes" if arguments.smoke else "gpt2").n_vocab
+        config = replace(config, vocab_size=unpadded_vocab(n_vocab))
     config = replace(config, attn_impl="auto" if "flash" in ingredients else "naive")
     loss = chunked_loss if "loss" in ingredients else plain_loss
     compile = "auto" if "compile" in ingredients else "off"
@@ -57,13 +63,13 @@ def step_with(attn, ingredients, arguments, device):
 
 
 def measure(attn, ingredients, table, arguments, device):
-    fresh_memory(device)
+    reset_memory(device)
     step = step_with(attn, ingredients, arguments, device)
     ms = median_ms(step, device, **(SMOKE if arguments.smoke else {}))
-    first = table.rows[0].get("step_ms") if table.rows else ms  # that of row (a)
-    ratio = ms / first if first else None
-    figures = dict(step_ms=ms, minutes=ms / 60, tokens_per_s=1000 * arguments.tokens / ms, ratio=ratio)
-    return figures | dict(peak_gib=peak_gib(device))
+    baseline = table.rows[0].get("step_ms") if table.rows else ms  # row (a), unless it ran out of memory
+    ratio = ms / baseline if baseline else None
+    speed = 1000 * arguments.tokens / ms
+    return dict(step_ms=ms, minutes=ms / 60, tokens_per_s=speed, ratio=ratio, peak_gib=peak_gib(device))
 
 
 def main():
@@ -72,8 +78,8 @@ def main():
         arguments.tokens, arguments.length = 256, 64
     table = Table("table2", arguments, device)
     alone = [(), *((ingredient,) for ingredient in INGREDIENTS)]
-    for attn, ingredients in dict.fromkeys([*REPORT, *itertools.product(arguments.ablate, alone)]):
-        labels = dict(row=REPORT.get((attn, ingredients), ""), attn=attn, ingredients=" ".join(ingredients) or "none")
+    for attn, ingredients in dict.fromkeys([*ROWS, *itertools.product(arguments.ablate, alone)]):
+        labels = dict(row=ROWS.get((attn, ingredients), ""), attn=attn, ingredients=" ".join(ingredients) or "none")
         table.add(labels, measure, attn, ingredients, table, arguments, device)
 
 

@@ -207,7 +207,7 @@ def open_examples(directory, split, meta, group, block_size):
 def sample_batch(tokens, block_size, batch_size, seed, step, rank=0, world_size=1):
     """Draw this rank's rows of a step's batch -> inputs and targets, each (batch_size / world_size, block_size) int64.
 
-    The windows start anywhere in the text. They depend on (seed, step) alone: a resumed run goes on with the same
+    The windows start anywhere in the text. They depend on (seed, step) alone: a resumed run draws the same
     batches, and all ranks together draw what one process would.
     """
     starts = np.random.default_rng((seed, step)).integers(len(tokens) - block_size, size=batch_size)
@@ -256,7 +256,7 @@ def bucketed_epoch(lengths, batch_size, seed, epoch):
 def padded_length(length, block_size):
     """Round a length up to the next of 64, 96, 128, 192, 256, 384, ..., but at most to block_size.
 
-    So few lengths occur, for which kernels are compiled. Beyond 64, at most a third of a row is padding.
+    Kernels are compiled for each length, so there should be few. Beyond 64, at most a third of a row is padding.
     """
     sizes = (size for power in itertools.count(6) for size in (2**power, 3 * 2**power // 2))
     return min(next(size for size in sizes if size >= length), block_size)

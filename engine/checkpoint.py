@@ -175,16 +175,34 @@ def load_weights(model, checkpoint):
 
 
 def load_optimizer_state(optimizer, saved):
-    """Load the moments of a saved optimizer, but not its learning rates, which follow from the settings.
+    """Load the state of a saved optimizer, but not its learning rates, which follow from the settings.
 
-    Raises some error if they do not fit. The fused kernel would not notice, and write beyond them.
+    Raises some error if it does not fit. A fused kernel would not notice, and write beyond the tensors.
     """
+    init_optimizer_state(optimizer)
+    expected = {p: dict(state) for p, state in optimizer.state.items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        state = optimizer.state[parameter]
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        if state["step"].numel() != 1 or any(m.shape != parameter.shape or not m.is_contiguous() for m in moments):
-            raise ValueError
+    for parameter, state in expected.items():
+        for name, tensor in state.items():
+            loaded = optimizer.state[parameter][name]
+            if torch.is_tensor(tensor) and (loaded.shape != tensor.shape or not loaded.is_contiguous()):
+                raise ValueError
+
+
+def init_optimizer_state(optimizer):
+    """Give an optimizer the state that it has after its first step, without changing the parameters.
+
+    As in torch.distributed.checkpoint: gradients of zero, at a learning rate of zero.
+    """
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.0) if torch.is_tensor(group["lr"]) else 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, lr in zip(optimizer.param_groups, lrs):
+        group["lr"] = lr
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -335,14 +353,11 @@ def save_parts(folder, model, optimizer):
 
 
 def load_sharded(model, optimizer, checkpoint):
-    """Load the optimizer's state into a sharded model's optimizer, and from parts the weights too.
+    """Load the state of a sharded model's optimizer, and from parts the weights too.
 
     Raises some error, in all processes, if it does not fit.
     """
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            step = torch.zeros((), device=p.device)
-            optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    init_optimizer_state(optimizer)
     if "parts" in checkpoint:
         with dcp_errors():
             return dcp.load(sharded_tensors(model, optimizer), checkpoint_id=checkpoint["parts"])

@@ -39,8 +39,8 @@ def write_shards(directory, read, tokenizer, source, source_bytes=0, shard_token
     None at the start. A row is a dict with a "text", or a line of JSONL. Rows without a text are counted and left out.
     A shard ends with the chunk that fills it. Every VAL_EVERY-th document of the first shard goes to val.bin.
 
-    Raises UserError if another corpus was begun in `directory`, or an older version, which `source_bytes` tells. Raises
-    UserError if there are fewer than two documents, one for each split.
+    Raises UserError if there are fewer than two documents, one for each split. Raises UserError if progress.json is of
+    another corpus or of other settings. `source_bytes`, the size of the source, tells whether its files have changed.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -73,15 +73,15 @@ def write_shards(directory, read, tokenizer, source, source_bytes=0, shard_token
 def _load_progress(directory, settings):
     """Load progress.json if there is one to continue from, else return its content for a new corpus."""
     path = directory / "progress.json"
-    is_begun = path.exists() and not (directory / "meta.json").exists()
-    meta = read_meta(directory, name=path.name) if is_begun else {}
+    is_resumed = path.exists() and not (directory / "meta.json").exists()
+    meta = read_meta(directory, name=path.name) if is_resumed else {}
     for name, value in settings.items():
         if meta.get(name, value) != value:
             raise UserError(f"{directory} was begun with {name} {meta[name]}, not {value}; delete {path} to begin anew")
     new = settings | {"vocab_size": get_tokenizer(settings["tokenizer"]).n_vocab}
     new |= {"tokens": {"train": 0, "val": 0}, "crc32": {"train": 0, "val": 0}, "shards": []}
     new |= {"report": {"documents": 0, "rows without a text": 0}, "position": None}
-    if not is_begun:
+    if not is_resumed:
         return new
     if meta.keys() != new.keys():
         raise UserError(f"{path} is damaged; delete it to prepare the data again")

@@ -1,0 +1,121 @@
+"""What the tests share: models so small that a test can compute them by hand, and runs of a few steps."""
+
+import csv
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+import dpo
+import sft
+import train
+from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
+from data.slimorca.prepare import tokenize as tokenize_conversation
+from data.write import write_examples
+from engine.checkpoint import save_checkpoint
+from model import GPT, GPTConfig
+
+# ------------------------------------------------------------------------------------- models
+
+SHAPE = dict(block_size=24, vocab_size=64, n_layer=3, n_embd=32, n_inner=48, head_dim=8)
+HEADS = {"multi-head": dict(n_head=4, n_kv_head=4), "grouped": dict(n_head=12, n_kv_head=4)}
+
+
+def tiny_config(attn, heads="multi-head", **changes):
+    return GPTConfig(attn=attn, **{**SHAPE, **HEADS[heads], **changes})
+
+
+def tiny_model(attn, heads="multi-head", **changes):
+    """A model whose weights are large enough for attention to be far from uniform."""
+    torch.manual_seed(0)
+    model = GPT(tiny_config(attn, heads, **changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def relative_error(ours, reference):
+    return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+# ------------------------------------------------------------------------------------- runs
+
+RUN = ["--device", "cpu", "--batch_size", 4, "--max_steps", 8, "--eval_interval", 4, "--save_interval", 3]
+RUN += ["--log_interval", 2]
+PRETRAIN = [*RUN, "--block_size", 16, "--n_layer", 2, "--n_embd", 32, "--n_inner", 48, "--n_head", 2]
+PRETRAIN += ["--head_dim", 16, "--warmup_steps", 3]
+TUNE = [*RUN, "--lora_rank", 4, "--lora_alpha", 8, "--warmup_steps", 2, "--learning_rate", 1e-2, "--eval_examples", 5]
+STAGES = {"sft": sft, "dpo": dpo}
+
+
+def run_main(script, *flags, on_step=None, sample=False):
+    """Run main() of train.py, sft.py or dpo.py in this process -> its task, optimizer and folder.
+
+    `sample` asks for the sample of text in the end.
+    """
+    done, train_fit = SimpleNamespace(), train.fit  # which is patched below
+
+    def fit(task, optimizer, *rest):
+        done.task, done.optimizer, done.folder = task, optimizer, rest[0].out_dir
+        train_fit(task, optimizer, *rest, on_step=on_step)
+
+    patches = {"fit": fit} if sample else {"fit": fit, "summarize": mock.DEFAULT}
+    argv = [f"{script.__name__}.py", *map(str, flags)]
+    with mock.patch.object(sys, "argv", argv), mock.patch.multiple(script, **patches):
+        script.main()
+    return done
+
+
+def pretrain(dataset, folder, *flags, **options):
+    preset = [] if "--resume" in flags else ["--preset", "tiny"]
+    return run_main(train, *preset, *PRETRAIN, "--dataset", dataset, "--out_dir", folder, *flags, **options)
+
+
+def base_model(attn="v2", seed=0):
+    """The model that tune() starts from."""
+    torch.manual_seed(seed)
+    shape = dict(block_size=96, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_inner=48, vocab_size=320)
+    return GPT(GPTConfig(attn=attn, **shape))
+
+
+def save_model(path, model, **changes):
+    contents = dict(settings={}, data={"tokenizer": "bytes"}, stage="pretrain", step=7) | changes
+    save_checkpoint(path, model=model.state_dict(), config=train.asdict(model.config), **contents)
+
+
+def write_tuning_data(home):
+    """Write a pretrained model for each attention, and 60 conversations and pairs of several lengths."""
+    for attn in train.ATTENTION:
+        save_model(home / f"{attn}.pt", base_model(attn))
+    questions = [f"{i} and {i % 7}?" for i in range(60)]
+    turns = [[("human", q), ("gpt", f"sum {i}" * (1 + i % 3))] for i, q in enumerate(questions)]
+    rows = [{"conversations": [dict([("from", role), ("value", text)]) for role, text in row]} for row in turns]
+    write_examples(home / "set" / "sft", rows, tokenize_conversation, "bytes", 96, "a test")
+    pairs = [dict(system="", question=q, chosen=f"yes {q}", rejected="no" * (1 + i % 3)) for i, q in enumerate(questions)]
+    write_examples(home / "set" / "dpo", pairs, tokenize_pair, "bytes", 96, "a test")
+    return home
+
+
+def tune(stage, home, folder, *flags, attn="v2", **options):
+    start = [] if "--resume" in flags else ["--init_from", home / f"{attn}.pt"]
+    flags = [*TUNE, "--dataset", home / "set", "--out_dir", folder, *start, *flags]
+    return run_main(STAGES[stage], *flags, **options)
+
+
+# ------------------------------------------------------------------------------------- what they leave
+
+
+def log_of(folder, *columns):
+    """These columns of log.csv, a tuple of strings a row."""
+    with open(folder / "log.csv", newline="") as file:
+        return [tuple(row[column] for column in columns) for row in csv.DictReader(file)]
+
+
+def weights_of(folder, name="ckpt.pt"):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def same(a, b):
+    """True if two state_dicts are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
