@@ -30,7 +30,7 @@ def dpo_loss(
     beta,
     label_smoothing=0.0,
 ):
-    """The loss of every pair, and its implicit rewards (arXiv 2305.18290, equation 7).
+    """Compute every pair's loss and implicit rewards (arXiv 2305.18290, equation 7).
 
         reward(answer) = beta * (log p_policy(answer) - log p_reference(answer))
         loss = -log sigmoid(reward(chosen) - reward(rejected))
@@ -83,7 +83,10 @@ class DPO(sft.SFT):
     rows_per_example = 2
 
     def loss(self, idx, positions, targets, per_token, per_example):
-        """idx (2 * pairs, T): the chosen answers with their prompts, then the rejected ones, in one forward pass."""
+        """Return a micro-batch's share of the mean loss and metrics over pairs.
+
+        idx (2 * pairs, T) has the chosen answers with their prompts, then the rejected ones: one forward pass for both.
+        """
         with torch.no_grad(), disable_lora(self.model):
             reference = self.logps(idx, positions, targets).sum(dim=-1)  # (2 * pairs,)
         policy = self.logps(idx, positions, targets).sum(dim=-1)
@@ -101,7 +104,7 @@ class DPO(sft.SFT):
 
 
 def main():
-    given = parse_flags(Settings, __doc__, PRESETS["tiny"])
+    given = parse_flags(Settings, __doc__, tiny=PRESETS["tiny"])
     out_dir, resume = given.get("out_dir", Settings.out_dir), given.get("resume", False)
     with parallel.process_group(), run_folder(out_dir, must_exist=resume):
         settings, checkpoint = sft.choose_settings(given, Settings, PRESETS, DPO.stage)

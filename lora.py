@@ -35,7 +35,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        return self.adapt([self.base(x)], [self], x)[0]
+        return self.adapt([self.base(x)], [self], x)[0]  # base(x) + scaling * B(A(dropout(x)))
 
     @staticmethod
     def adapt(outputs, layers, x):
@@ -57,7 +57,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The plain linear layer with W + (alpha / rank) * B A, added in float32 and cast once."""
+        """Return a plain linear layer with W + (alpha / rank) * B A, added in float32 and cast once."""
         delta = self.scaling * self.lora_B.double() @ self.lora_A.double()  # autocast and TF32 leave float64 alone
         weight = (self.base.weight.float() + delta.float()).to(self.base.weight.dtype)
         self.base.weight = nn.Parameter(weight)  # a new one, so that a tied embedding stays as it is
@@ -107,7 +107,7 @@ def disable_lora(model):
 
 
 def lora_state_dict(model):
-    """The adapters alone: {name: tensor}."""
+    """Return the adapters alone: {name: tensor}."""
     return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
 
 

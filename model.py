@@ -2,7 +2,7 @@
 
 A Llama-style decoder with RMSNorm, RoPE and SwiGLU, without biases. The three models differ in their attention alone:
 
-    vanilla    A V                                                      one softmax map A a head
+    vanilla    A V                                                      A = softmax(Q K^T / sqrt(head_dim)), causal
     V1         (1 - lambda_init) * RMSNorm(A1 V - lambda * A2 V)        arXiv 2410.05258 (Ye et al.)
     V2         A1 V - sigmoid(lambda) * A2 V                            Microsoft, Differential Transformer V2, 2026
 
@@ -15,7 +15,7 @@ tensors:
     B batch    T positions    C n_embd    D head_dim
     H query heads    K key heads    G value heads
 
-The kernels that compute attention and loss are in engine/; nothing there is needed to understand this file.
+The kernels that compute A V and the loss are in engine/attention.py and engine/loss.py.
 """
 
 import math
@@ -128,10 +128,15 @@ def apply_rope(x, rope):
 
 
 class Attention(nn.Module):
-    """Causal softmax attention with grouped queries: the baseline, and what both DIFF variants build on."""
+    """Causal softmax attention with grouped queries: the baseline, and what both DIFF variants build on.
 
-    q_per_head = 1  # query heads, in n_head
-    value_width = 1  # width of a value head, in head_dim
+    A subclass with an entry in ATTENTION is a choice of --attn. It overrides what it changes: forward(), the number of
+    query heads, the width of value heads, input_projections(), and lam(x), the factor of a second map, which is logged
+    if it exists and broadcast to (B, T, pairs).
+    """
+
+    q_per_head = 1  # query heads for each of n_head
+    value_width = 1  # width of a value head in units of head_dim; there are n_kv_head / value_width of them
 
     def __init__(self, config, layer):
         super().__init__()
@@ -182,18 +187,18 @@ class DiffAttnV1(Attention):
         self.subln = RMSNorm(2 * config.head_dim, config.norm_eps)
 
     def lam(self, x):
-        """lambda, the factor of the second map: one number a layer, in float32, whatever x is."""
+        """Return lambda, the factor of the second map: one number a layer, in float32, whatever x is."""
         q1, k1, q2, k2 = map(at_least_float32, (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init.type_as(q1)
 
     def forward(self, x, rope, cache=None):
         q, k, v = self.qkv(x, rope)
         lam = self.lam(x)
-        if has_differential_kernel(q, k, v, cache, self.impl):  # a faster form of the two lines below
-            y = differential_attention(q, k, v, lam)
-        else:
+        if not has_differential_kernel(q, k, v, cache, self.impl):
             attn1, attn2 = paired_attention(q, k, v, cache, self.impl)  # A1 V and A2 V, (B, T, pairs, 2D)
-            y = (attn1 - lam.unsqueeze(-1) * attn2).type_as(attn1)
+            y = (attn1 - lam.unsqueeze(-1) * attn2).type_as(attn1)  # of shape (1,), lam makes the product float32
+        else:  # one kernel for the two lines above
+            y = differential_attention(q, k, v, lam)
         y = at_least_float32(self.subln(y)) * (1 - self.lambda_init)
         return self.o_proj(y.type_as(x).flatten(2))
 
@@ -215,7 +220,7 @@ class DiffAttnV2(Attention):
         return *super().input_projections(), self.lambda_proj
 
     def lam(self, x, logits=None):
-        """sigmoid(lambda), the factor of the second map: x (B, T, C) -> (B, T, n_head).
+        """Return sigmoid(lambda), the factor of the second map: x (B, T, C) -> (B, T, n_head).
 
         `logits`, x W_lambda, are passed where qkv() has computed them already.
         """
@@ -224,11 +229,11 @@ class DiffAttnV2(Attention):
     def forward(self, x, rope, cache=None):
         q, k, v, logits = self.qkv(x, rope)
         lam = self.lam(x, logits)
-        if has_differential_kernel(q, k, v, cache, self.impl):  # a faster form of the two lines below
-            y = differential_attention(q, k, v, lam)
-        else:
+        if not has_differential_kernel(q, k, v, cache, self.impl):
             attn1, attn2 = paired_attention(q, k, v, cache, self.impl)  # A1 V and A2 V, (B, T, n_head, D)
             y = (attn1 - lam.unsqueeze(-1) * attn2).type_as(attn1)
+        else:  # one kernel for the two lines above
+            y = differential_attention(q, k, v, lam)
         return self.o_proj(y.flatten(2))
 
 

@@ -46,7 +46,7 @@ class Settings:
 
 
 def furthest_checkpoint():
-    """The best.pt of out/dpo, else out/sft, else out/pretrain, even where an earlier stage is newer."""
+    """Find the best.pt of out/dpo, else out/sft, else out/pretrain, even where an earlier stage is newer."""
     for stage in STAGES:
         if (path := Path("out") / stage / "best.pt").exists():
             return path

@@ -43,7 +43,7 @@ class TuningSettings(CommonSettings):
     )
     attn: str = flag("", "attention mechanism; it has to be the checkpoint's", choices=tuple(ATTENTION), fixed=True)
     source: str = flag("", "local JSONL file to prepare the data set from, instead of the hub")
-    warmup_steps: int = flag(50, "steps of linear warmup, before the cosine", minimum=0)
+    warmup_steps: int = flag(50, "steps of linear warmup", minimum=0)
     eval_examples: int = flag(256, "held-out examples to validate on, always the same", minimum=1, fixed=True)
     lora_rank: int = flag(64, "rank of the adapters", minimum=1, fixed=True)
     lora_alpha: float = flag(
@@ -71,7 +71,7 @@ PRESETS = {
 
 
 def choose_settings(given, settings_class, presets, stage):
-    """{flag: value} as given -> the settings, and the checkpoint to tune or to resume.
+    """Choose the settings from the flags that were given, and load the checkpoint to tune or resume.
 
     Flags override the preset, the preset overrides the defaults. `auto` is the preset that fits the checkpoint's
     tokenizer.
@@ -93,7 +93,7 @@ def choose_settings(given, settings_class, presets, stage):
 
 
 def load_config(checkpoint, attn_impl):
-    """The GPTConfig of a checkpoint's model. Raises UserError if it cannot be used."""
+    """Return the GPTConfig of a checkpoint's model. Raises UserError if it cannot be used."""
     try:
         config = GPTConfig(**{**checkpoint["config"], "attn_impl": attn_impl})
     except (TypeError, ValueError) as error:
@@ -111,7 +111,7 @@ def load_config(checkpoint, attn_impl):
 
 
 def token_logps(model, idx, positions, targets):
-    """Log-probabilities of `targets` (M,), the ids that follow `positions` (M,) of the flattened idx (B, T).
+    """Compute the log-probabilities of `targets` (M,), the ids after `positions` (M,) of the flattened idx (B, T).
 
     -> (B, T) float32, zero at all other positions and where a target is -100. The output layer, whose logits would be
     the largest tensor of all, works at `positions` alone.
@@ -134,7 +134,6 @@ class SFT:
     stage, unit, metrics = "sft", "tokens", ()
     rows_per_example = 1
     flops_per_unit = None  # depends on the lengths of the examples
-    epoch = None  # the pass over the examples whose order get_batch() keeps
 
     def __init__(self, settings, checkpoint):
         s = self.settings = settings
@@ -155,6 +154,7 @@ class SFT:
             open_examples(directory, split, self.meta, self.rows_per_example, self.block_size)
             for split in ("train", "val")
         )
+        self.epoch, self.order = None, None  # the pass over the examples that get_batch() is in, and its batches
         self.lengths, count = self.train_examples.lengths(), len(self.train_examples)
         if count < s.batch_size:
             raise UserError(
@@ -191,7 +191,7 @@ class SFT:
                 self.graphed = GraphedForwardBackward(self.loss, self.model.parameters())
 
     def get_batch(self, step):
-        """Examples of similar length come together. Only prefetch's one thread calls it, so it may keep the order."""
+        """Return a step's batch, of examples of similar lengths. Only one thread may call it: it keeps self.order."""
         s = self.settings
         epoch, index = divmod(step - 1, len(self.train_examples) // s.batch_size)
         if epoch != self.epoch:
@@ -201,10 +201,10 @@ class SFT:
         return count, self.micro_batches(self.train_examples, indices)
 
     def micro_batches(self, examples, indices):
-        """This process's micro-batches of some examples: tuples (idx, positions, targets, per_token, per_example).
+        """Return this process's micro-batches: tuples (idx, positions, targets, per_token, per_example).
 
-        The loss sums over a micro-batch and multiplies with a weight, to get its share of a mean over the whole batch:
-        per_token is 1 / answer tokens in the batch, per_example 1 / examples. As tensors, they travel with the others.
+        A sum over a micro-batch times a weight is its share of a mean over the whole batch. SFT's weight is per_token,
+        1 / answer tokens in the batch; DPO's is per_example, 1 / pairs. As tensors, they travel with the others.
         """
         size = self.settings.micro_batch_size
         starts = range(0, len(indices), size)
@@ -214,15 +214,17 @@ class SFT:
         return [(*batch, *weights) for batch in batches[parallel.RANK :: parallel.WORLD_SIZE]]
 
     def loss(self, idx, positions, targets, per_token, per_example):
-        """A micro-batch's share of the batch's mean loss. On a GPU a CUDA graph records it: no .item() in here."""
+        """Return a micro-batch's share of the batch's mean loss. No .item() in here: a CUDA graph may record it."""
         return {"loss": -self.logps(idx, positions, targets).sum() * per_token}
 
     def logps(self, idx, positions, targets):
+        """Compute token_logps() with the tuned model, in bf16 on a GPU."""
         with autocast(self.device):
             return token_logps(self.model, idx, positions, targets)
 
     @torch.no_grad()
     def evaluate(self):
+        """Measure the loss and the metrics on the validation examples."""
         self.model.eval()  # dropout off
         total = dict.fromkeys(("loss", *self.metrics), torch.zeros((), device=self.device))
         for tensors in self.val_batches:
@@ -236,10 +238,10 @@ class SFT:
         return {f"val_{name}": value for name, value in values.items()}, text
 
     def sample(self, max_new_tokens=200):
-        """The first held-out prompt, and the model's answer to it."""
+        """Return the first held-out prompt and the model's answer."""
         self.model.eval()  # dropout off
         end = self.encoding.encode_single_token(IM_END)
-        prompt = self.val_examples.ids[: self.val_examples.mask.argmax()].astype(np.int64)
+        prompt = self.val_examples.ids[: self.val_examples.mask.argmax()].astype(np.int64)  # up to the first answer
         idx = torch.from_numpy(prompt)[None].to(self.device)
         options = dict(temperature=0.8, top_k=50, n_vocab=self.encoding.n_vocab)
         with autocast(self.device), torch.compiler.set_stance("force_eager"):  # no program for every new length
@@ -248,12 +250,12 @@ class SFT:
         return self.encoding.decode([*prompt, *answer], errors="replace")
 
     def state_dict(self):
-        """The adapted model in float32, for ckpt.pt."""
+        """Return the adapted model in float32, for ckpt.pt. It gets the adapters of the model that trains first."""
         load_lora(self.float32_model, lora_state_dict(self.model))
         return self.float32_model.state_dict()
 
     def best_state_dicts(self):
-        """The adapters alone, and for the next stage the model with its adapters merged in."""
+        """Return the adapters alone, and for the next stage the model with its adapters merged in."""
         if parallel.RANK:
             return {}
         load_lora(self.float32_model, lora_state_dict(self.model))
@@ -262,7 +264,7 @@ class SFT:
 
 
 def main():
-    given = parse_flags(Settings, __doc__, PRESETS["tiny"])
+    given = parse_flags(Settings, __doc__, tiny=PRESETS["tiny"])
     out_dir, resume = given.get("out_dir", Settings.out_dir), given.get("resume", False)
     with parallel.process_group(), run_folder(out_dir, must_exist=resume):
         settings, checkpoint = choose_settings(given, Settings, PRESETS, SFT.stage)

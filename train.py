@@ -50,7 +50,7 @@ class CommonSettings:
     micro_batch_size: int = flag(16, "sequences in a process's memory; gradients of several add up", minimum=1)
     activation_checkpointing: bool = flag(False, "keep only the layers' inputs, recompute the rest: less memory")
     learning_rate: float = flag(6e-4, "peak, reached at the end of the warmup", minimum=0)
-    warmup_steps: int = flag(200, "steps of linear warmup, before the cosine", minimum=0)
+    warmup_steps: int = flag(200, "steps of linear warmup", minimum=0)
     eval_interval: int = flag(100, "steps between validations", minimum=1)
     save_interval: int = flag(250, "steps between checkpoints", minimum=1)
     log_interval: int = flag(10, "steps between lines on the screen", minimum=1)
@@ -119,19 +119,20 @@ SHAPES = {
     },
 }
 
+# The settings that are fields of GPTConfig as well, and fixed by the weights of a model: not the kernel
 MODEL_FLAGS = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(Settings)} - {"attn_impl"}
 
 
 def choose_settings(given):
-    """{flag: value} as given -> the settings of the run, and the checkpoint that it starts from or None."""
+    """Choose the settings from the flags that were given, and load the checkpoint to start from or resume, or None."""
     if given.get("resume"):
         return resume_settings(given, Settings, Pretraining.stage)
     preset = given.get("preset", "auto")
     if preset == "auto":
         preset, why = ("ldiff", "there is a") if torch.cuda.is_available() else ("tiny", "there is no")
         print(f"preset: {preset}, since {why} CUDA GPU; --preset tiny or --preset ldiff chooses")
-    shapes = SHAPES[preset]
-    shape, checkpoint = shapes.get(given.get("attn", Settings.attn), shapes["vanilla"]), None
+    checkpoint, shapes = None, SHAPES[preset]
+    shape = shapes.get(given.get("attn", Settings.attn), shapes["vanilla"])
     if given.get("init_from"):
         checkpoint = load_checkpoint(given["init_from"])
         shape = {name: checkpoint["config"][name] for name in MODEL_FLAGS if name in checkpoint["config"]}
@@ -143,10 +144,11 @@ def choose_settings(given):
 
 
 def make_optimizer(model, weight_decay):
-    """AdamW on what requires a gradient. Only the matrices of linear layers decay.
+    """Make AdamW for the parameters that require a gradient. Only the matrices of linear layers decay.
 
     Norms, V1's lambda vectors and embeddings do not, nor does an output layer that is tied to the embedding. V2's
-    lambda_proj is a linear layer and decays, which draws lambda toward 1/2.
+    lambda_proj is a linear layer and decays, which draws lambda toward 1/2. In SFT and DPO, only LoRA's A and B require
+    a gradient.
     """
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} - embeddings
@@ -159,7 +161,7 @@ def make_optimizer(model, weight_decay):
 
 
 def lr_at(step, settings, floor=0.1):
-    """The learning rate of steps 1 to max_steps: linear warmup to the peak, then a cosine down to floor * peak."""
+    """Return the learning rate of a step, 1 to max_steps: linear warmup to the peak, a cosine down to floor * peak."""
     peak, warmup, last = settings.learning_rate, settings.warmup_steps, settings.max_steps
     if step <= warmup:
         return peak * step / warmup
@@ -169,11 +171,15 @@ def lr_at(step, settings, floor=0.1):
 # ---------------------------------------------------------------------------------------------------
 # The training loop, for all stages. A stage is a task: Pretraining below, SFT in sft.py, DPO in dpo.py. It has
 #
-#   settings, device, model, unit         the unit that speed is counted in, "tokens" or "pairs"
-#   get_batch(step)                       the number of units in it, and its micro-batches, tuples of tensors
-#   loss(*tensors)                        a micro-batch's share of the batch's mean loss: {"loss": scalar, ...metrics}
-#   evaluate()                            {"val_loss": float, ...}, and a line for the screen
-#   sample()                              some text by the model
+#   settings, device, model
+#   get_batch(step)                    the number of units (tokens or pairs) in a batch, and its micro-batches, tuples
+#                                      of tensors
+#   loss(*tensors)                     a micro-batch's share of the batch's mean loss: {"loss": scalar, ...metrics}
+#   evaluate()                         {"val_loss": float, ...}, and a line for the screen
+#   sample()                           some text by the model
+#   state_dict(), best_state_dicts()   what ckpt.pt holds of the model; {file name: state_dict} for the next stage
+#   stage, unit, metrics, meta, flops_per_unit    for checkpoints and log: names, the data's meta.json, FLOPs or None
+#   graphed                            None, or forward_backward() as CUDA graphs
 
 
 def forward_backward(task, tensors):
@@ -189,24 +195,26 @@ def training_step(task, optimizer, lr, micro_batches, max_norm=1.0):
     """Take one optimizer step -> {"loss", ...metrics, "grad_norm", "skipped"}, tensors on the device.
 
     The shares of the micro-batches, and of all processes, add up to the loss and gradient of the whole batch. Gradients
-    are clipped to a norm of max_norm; grad_norm is the norm before. If loss or gradient are not finite, the step is
-    skipped: weights and optimizer stay as they are. The gradients remain in .grad until the next step, for on_step.
+    are clipped to a norm of max_norm; grad_norm is the norm before. They remain in .grad until the next step.
     """
     optimizer.zero_grad()
     row = {}
     for tensors in micro_batches:
         for name, value in forward_backward(task, tensors).items():
             row[name] = row.get(name, 0.0) + value
+    row = parallel.all_reduce_sum(row, task.device)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    row = parallel.all_reduce_sum(row, task.device, parameters)
+    parallel.all_reduce_gradients(parameters)
     row["grad_norm"] = parallel.full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm))
     row["skipped"] = ~torch.isfinite(row["loss"] + row["grad_norm"])
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused AdamW does nothing where found_inf is 1
+    # A step whose loss or gradient is not finite is skipped: weights and optimizer stay as they are. Fused optimizers
+    # do nothing where found_inf is 1. With others, the CPU has to wait for the GPU to know.
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = row["skipped"].float()
         optimizer.step()
-    elif not row["skipped"]:  # with another optimizer, the CPU waits here for the GPU
+    elif not row["skipped"]:
         optimizer.step()
     return row
 
@@ -230,11 +238,11 @@ def fit(task, optimizer, checkpointer, log, on_step=None):
         for step, (count, micro_batches) in zip(steps, prefetch(task.get_batch, steps, task.device)):
             lr = lr_at(step, s)
             row = {"step": step, "lr": lr, "count": count} | training_step(task, optimizer, lr, micro_batches)
-            log.add(row)
             last = step == s.max_steps
-            stop = parallel.all_reduce_max(signals[0] if signals else 0)  # a later signal waits for the next step
+            # SIGINT or SIGTERM, if any process has received one. A later one waits for the next step.
+            stop_signal = parallel.all_reduce_max(signals[0] if signals else 0)
             validating = last or step % s.eval_interval == 0
-            saving = last or stop or step % s.save_interval == 0
+            saving = last or stop_signal or step % s.save_interval == 0
             if validating:
                 with log.paused():
                     metrics, text = task.evaluate()
@@ -242,6 +250,7 @@ def fit(task, optimizer, checkpointer, log, on_step=None):
                     best = checkpointer.save_if_best(step, metrics["val_loss"])
             if on_step:
                 on_step(row)
+            log.add(row)
             if validating or saving or step == steps[0] or step % s.log_interval == 0:
                 log.flush()  # before saving, so that log.csv holds every step that the checkpoint does
             if validating:
@@ -249,9 +258,9 @@ def fit(task, optimizer, checkpointer, log, on_step=None):
             if saving:
                 with log.paused():
                     checkpointer.save(step)
-            if stop:
+            if stop_signal:
                 print_line(f"stopped after step {step}; --resume --out_dir {s.out_dir} goes on from the checkpoint")
-                raise SystemExit(128 + stop)
+                raise SystemExit(128 + stop_signal)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -259,7 +268,7 @@ def fit(task, optimizer, checkpointer, log, on_step=None):
 
 
 class Pretraining:
-    """The task of predicting the next token. `checkpoint` is the one to resume from, or whose model to start with."""
+    """The task of predicting the next token, from a new model or from that of a checkpoint."""
 
     stage, unit, metrics = "pretrain", "tokens", ()
     graphed = None  # a step takes long enough without CUDA graphs
@@ -297,9 +306,11 @@ class Pretraining:
                 if name not in ("attn_impl", "block_size") and saved != value:  # no weight depends on these two
                     raise UserError(f"the checkpoint's model has {name} {saved}, but the settings say {value}")
 
+        loads_parts = s.resume and "parts" in checkpoint  # into the sharded model, by the Checkpointer
+
         def build():
             model = GPT(config)
-            if checkpoint and not (s.resume and "parts" in checkpoint):  # parts are loaded into the sharded model
+            if checkpoint and not loads_parts:
                 load_weights(model, checkpoint)
             return model.set_activation_checkpointing(s.activation_checkpointing)
 
@@ -324,13 +335,13 @@ class Pretraining:
 
     @torch.no_grad()
     def evaluate(self):
-        """Mean cross-entropy in nats over all target tokens of val_batches; batches are weighted by their tokens."""
+        """Measure the mean cross-entropy in nats over all target tokens of the validation windows."""
         total, num_tokens = 0.0, 0
         for inputs, targets in self.val_batches:
             count = (targets != -100).sum().item()
             with autocast(self.device):
                 _, loss = self.compiled(inputs.to(self.device), targets.to(self.device))
-            if count:  # a process may have nothing but filling, whose loss is NaN
+            if count:  # some processes may have filling alone, whose loss is NaN
                 total, num_tokens = total + loss.float() * count, num_tokens + count
         sums = parallel.all_reduce_sum({"total": total, "num_tokens": num_tokens}, self.device)
         loss = (sums["total"] / sums["num_tokens"]).item()
@@ -342,7 +353,7 @@ class Pretraining:
         return {"val_loss": loss}, text
 
     def sample(self, max_new_tokens=256):
-        """Text that begins with a new document."""
+        """Generate the beginning of a new document."""
         if parallel.WORLD_SIZE > 1:
             return f"(python sample.py --init_from {self.settings.out_dir}/best.pt generates text)"
         start = torch.tensor([[self.encoding.encode_single_token(END_OF_TEXT)]], device=self.device)
@@ -352,16 +363,16 @@ class Pretraining:
         return self.encoding.decode(ids[0, 1:].tolist(), errors="replace")
 
     def state_dict(self):
-        """What ckpt.pt holds of the model."""
+        """Return what ckpt.pt holds of the model."""
         return self.model.state_dict()
 
     def best_state_dicts(self):
-        """The files that are written when the validation loss is the lowest so far."""
+        """Return what the next stage starts with, at the lowest validation loss so far."""
         return {"best.pt": parallel.gather(self.model.state_dict())}
 
 
 def main():
-    given = parse_flags(Settings, __doc__, PRESETS["tiny"] | SHAPES["tiny"][Settings.attn])
+    given = parse_flags(Settings, __doc__, tiny=PRESETS["tiny"] | SHAPES["tiny"][Settings.attn])
     out_dir, resume = given.get("out_dir", Settings.out_dir), given.get("resume", False)
     with parallel.process_group(), run_folder(out_dir, must_exist=resume):
         settings, checkpoint = choose_settings(given)

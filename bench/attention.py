@@ -11,7 +11,17 @@ import itertools
 
 import torch
 
-from bench import SMOKE, Table, batch_size, median_ms, model_config, parse_arguments, peak_gib, positive_int, reset_memory
+from bench import (
+    SMOKE,
+    Table,
+    batch_size,
+    median_ms,
+    model_config,
+    parse_arguments,
+    peak_gib,
+    positive_int,
+    reset_memory,
+)
 from engine.attention import attention, differential_attention, flash_attn_func, gpu_generation, kernels
 from engine.settings import UserError, run_script
 from model import ATTENTION

@@ -3,9 +3,9 @@
 python -m bench.decode                         # prompt 128 and 256 new tokens; contexts of 2048 and 32768
 python -m bench.decode --batch 1 --context 2048
 
-The first column has the speed of whole answers, including the prompt. The others have the speed at the end of a context;
-the cache is as large as the largest context, and holds random numbers. Decoding takes the likeliest token, and leaves it
-on the GPU.
+The first column has the speed of whole answers, including the prompt. The others have the speed at the end of a
+context. Their cache is as large as the largest context, and holds random numbers. Decoding takes the likeliest token,
+and leaves it on the GPU.
 """
 
 import itertools

@@ -1,10 +1,10 @@
-"""The pictures and tables of docs/results.md: makes the runs whose logs are missing, then draws.
+"""The pictures and tables of docs/results.md. Trains the runs whose logs are missing, then draws.
 
 python -m bench.figures                      # from the logs and measurements in docs/runs, which need no GPU
-python -m bench.figures --only curves rates  # what the runs of these two groups show, and no others
+python -m bench.figures --only curves rates  # what the runs of these two groups show
 python -m bench.figures --logs out/mylogs    # everything anew
 
-Prints the tables as Markdown, writes the pictures to docs/.
+The tables are printed as Markdown, and the pictures written to docs/.
 """
 
 import csv
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.runs import KINDS, LEARNING_RATES, add_flags, log_path, make_missing, parse
-from data import Parser, UserError, fail, run_script
+from bench.runs import KINDS, LEARNING_RATES, add_flags, log_path, parse_runs, train_missing
+from engine.settings import Parser, UserError, fail, run_script
 
 try:
     import matplotlib.pyplot as plt
@@ -29,7 +29,7 @@ NAMES = {
     "v1": "(c) V1", "v2": "(c) V2", "vanilla": "(d) plain Transformer",
 }  # fmt: skip
 EARLY = (200, 1000)  # steps over which the early loss is averaged
-SPIKE, MEMORY = 10, 100  # a gradient norm above SPIKE times the median of the MEMORY steps before is a spike
+SPIKE, MEMORY = 10, 100  # a spike is a gradient norm above SPIKE times the median of the MEMORY steps before
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -37,8 +37,7 @@ SPIKE, MEMORY = 10, 100  # a gradient norm above SPIKE times the median of the M
 
 
 def read_log(logs, name):
-    """The columns of a finished run's log, each an array with a number for every step, NaN where there is none; of
-    `lambdas`, one for every layer."""
+    """Read a finished run's log -> {column: (steps,)}, NaN where it is empty; `lambdas` is (steps, layers)."""
     path = log_path(logs, name)
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -52,19 +51,19 @@ def read_log(logs, name):
 
 
 def read_seeds(logs, runs, prefix):
-    """The logs of all seeds of a run: their names are the prefix and a number."""
+    """Read the logs of all seeds of a run, whose names are the prefix and a number."""
     names = [name for name in runs if name.startswith(prefix) and name.removeprefix(prefix).isdecimal()]
     return [read_log(logs, name) for name in names]
 
 
 def smooth(values, width=20):
-    """Means over windows of `width` steps."""
+    """The moving average over `width` steps."""
     width = min(width, len(values) // 4 or 1)
     return np.convolve(values, np.ones(width) / width, mode="valid")
 
 
-def spread(values, digits=3):
-    """Mean and standard deviation of a few numbers, as text."""
+def mean_std(values, digits=3):
+    """The mean and standard deviation of a few numbers, as text."""
     if not np.isfinite(values).all():
         return "diverged"
     text = f"{np.mean(values):.{digits}f}"
@@ -72,7 +71,7 @@ def spread(values, digits=3):
 
 
 def print_table(title, rows):
-    """A list of {column: text} as Markdown."""
+    """Print a list of {column: text} as Markdown."""
     print(f"\n{title}\n\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
     for row in rows:
         print("| " + " | ".join(map(str, row.values())) + " |")
@@ -86,7 +85,7 @@ def curves(logs, runs, folder):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     kinds = {kind: read_seeds(logs, runs, f"curves/{kind}-") for kind in NAMES}
     for (kind, seeds), (axis, column) in itertools.product(kinds.items(), zip(axes, ("loss", "grad_norm"))):
-        shortest = min(len(log["step"]) for log in seeds)  # one that diverged ends early
+        shortest = min(len(log["step"]) for log in seeds)  # a run that diverged ends early
         lines = np.array([smooth(log[column][:shortest]) for log in seeds])
         steps = seeds[0]["step"][:shortest][-lines.shape[1] :]
         axis.plot(steps, lines.mean(0), color=COLORS[kind], label=NAMES[kind], linewidth=1)
@@ -94,8 +93,8 @@ def curves(logs, runs, folder):
     axes[0].set(xlabel="step", ylabel="training loss, nats", yscale="log")
     axes[1].set(xlabel="step", ylabel="norm of the gradient", yscale="log")
     axes[1].axvline(200, color="lightgray", zorder=0, linewidth=1)
-    at_the_top = dict(y=0.95, transform=axes[1].get_xaxis_transform())
-    axes[1].text(205, s="(c), (d): end of the warmup", fontsize=8, color="gray", **at_the_top)
+    top = dict(y=0.95, transform=axes[1].get_xaxis_transform())
+    axes[1].text(205, s="(c), (d): end of the warmup", fontsize=8, color="gray", **top)
     axes[0].legend(fontsize=8)
     save(figure, folder / "curves.png")
     print_table("Early training loss", early_rows(kinds))
@@ -103,13 +102,13 @@ def curves(logs, runs, folder):
 
 
 def early_rows(kinds):
-    """The mean loss of the first steps, and how far it is from both baselines'."""
+    """The mean loss of the first steps, and its distance from both baselines."""
     rows = []
     for kind in kinds:
         row = {"run": NAMES[kind]}
         for steps in EARLY:
             early = {other: [np.nanmean(log["loss"][:steps]) for log in seeds] for other, seeds in kinds.items()}
-            row[f"loss, steps 1 to {steps}"] = spread(early[kind])
+            row[f"loss, steps 1 to {steps}"] = mean_std(early[kind])
             for baseline, letter in (("vanilla-bare", "a"), ("vanilla", "d")):
                 change = np.mean(early[kind]) / np.mean(early[baseline]) - 1
                 row[f"to {steps}, against ({letter})"] = f"{change:+.1%}"
@@ -118,7 +117,7 @@ def early_rows(kinds):
 
 
 def norm_row(name, seeds):
-    """Spikes, as stability() counts them, and the highest norm after step 200, where the warmup ends."""
+    """The spikes, and the highest norm after step 200, where the warmup ends."""
     count = ", ".join(str(len(spikes(log["grad_norm"]))) for log in seeds)
     highest = ", ".join(f"{np.nanmax(log['grad_norm'][200:], initial=0):.1f}" for log in seeds)
     return {"run": name, "spikes": count, "highest after the warmup": highest}
@@ -138,7 +137,7 @@ def tuning(logs, runs, folder):
     rows = []
     for name, log in (("SFT", sft), ("DPO", dpo)):
         measured = {key: log[key] for key in ("loss", "val_loss", "val_accuracy", "val_margin") if key in log}
-        row = {"stage": name, "steps": len(log["step"]), "loss, first and last 50 steps": ends(log["loss"])}
+        row = {"stage": name, "steps": len(log["step"]), "loss, first and last 50 steps": first_and_last(log["loss"])}
         row |= {"lowest held-out loss": f"{np.nanmin(measured['val_loss']):.3f}"}
         row |= {"held-out at the end": ", ".join(f"{k[4:]} {v[-1]:.3f}" for k, v in measured.items() if "val" in k)}
         rows.append(row)
@@ -146,7 +145,7 @@ def tuning(logs, runs, folder):
 
 
 def draw_training(axis, log, column, color):
-    """The smoothed training curve of a column, and points of the held-out one."""
+    """Draw the smoothed training curve of a column, and the held-out values as points."""
     line = smooth(log[column])
     axis.plot(log["step"][-len(line) :], line, color=color, linewidth=1, label=column)
     held_out = log[f"val_{column}"]
@@ -154,7 +153,7 @@ def draw_training(axis, log, column, color):
     axis.plot(log["step"][measured], held_out[measured], "o", color=color, markersize=4, label=f"held-out {column}")
 
 
-def ends(values, width=50):
+def first_and_last(values, width=50):
     return f"{np.nanmean(values[:width]):.3f}, {np.nanmean(values[-width:]):.3f}"
 
 
@@ -174,18 +173,18 @@ def corpus(logs, runs, folder):
 
 
 def held_out_rows(logs, runs, group, choose):
-    """For each kind of attention, over seeds, the validation loss that choose() takes of a run's."""
+    """The validation loss of each attention over seeds. choose() takes one from the losses of a run."""
     rows = []
     losses = {k: [choose(log["val_loss"]) for log in read_seeds(logs, runs, f"{group}/{k}-")] for k in KINDS}
     for attn, values in losses.items():
         gaps = [value - plain for value, plain in zip(values, losses["vanilla"])]
-        row = {"attn": attn, "seeds": len(values), "held-out loss, nats": spread(values)}
-        rows.append(row | {"perplexity": spread([np.exp(v) for v in values], 2), "against vanilla": spread(gaps)})
+        row = {"attn": attn, "seeds": len(values), "held-out loss, nats": mean_std(values)}
+        rows.append(row | {"perplexity": mean_std([np.exp(v) for v in values], 2), "against vanilla": mean_std(gaps)})
     return rows
 
 
 def spikes(norms):
-    """Where gradient norms are above SPIKE times the median of the MEMORY steps before them, if they are finite."""
+    """The indices of gradient norms above SPIKE times the median of the MEMORY steps before. Only finite ones count."""
     norms = np.where(np.isfinite(norms), norms, np.nan)
     return [i for i in range(1, len(norms)) if norms[i] > SPIKE * np.nanmedian(norms[max(0, i - MEMORY) : i])]
 
@@ -228,7 +227,6 @@ def lambdas(logs, runs, folder):
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
     for attn, axis in zip(("v1", "v2"), axes):
         log = read_seeds(logs, runs, f"corpus/{attn}-")[0]
-        # Validation comes before the first step, too, but a log has no row for it.
         measured = ~np.isnan(log["lambdas"][:, 0])
         layers = log["lambdas"].shape[1]
         for layer in range(layers):
@@ -240,11 +238,11 @@ def lambdas(logs, runs, folder):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Inside the models: where they look, and how loud what they read is (bench.probes)
+# Inside the models: where their heads look, and how loud what they read is (bench.probes)
 
 
 def read_probes(logs, runs):
-    """For each kind of attention what bench.probes found, of every seed."""
+    """Read what bench.probes measured -> {attn: [one for each seed]}."""
     names = [name for name in runs if name.startswith("corpus/")]
     found = [json.loads(log_path(logs, name).with_suffix(".json").read_text(encoding="utf-8")) for name in names]
     return {attn: [probe for probe in found if probe["attn"] == attn] for attn in KINDS}
@@ -290,16 +288,16 @@ def needle_rows(probes):
             parts = [probe["needle"][kind] for probe in seeds]
             row = {"attn": attn, "weights": kind_name(attn, kind)}
             for part in ("answer", "others", "first_token", "rest"):
-                row[part.replace("_", " ")] = spread([np.mean(shares[part]) for shares in parts], 4)
-            row["answer, best head"] = spread([shares["best_head"]["answer"] for shares in parts])
+                row[part.replace("_", " ")] = mean_std([np.mean(shares[part]) for shares in parts], 4)
+            row["answer, best head"] = mean_std([shares["best_head"]["answer"] for shares in parts])
             recall = [probe["retrieval"]["accuracy"] for probe in seeds]
-            row["right number likeliest"] = spread(recall, 2) if kind == "weights" else ""
+            row["right number likeliest"] = mean_std(recall, 2) if kind == "weights" else ""
             rows.append(row)
     return rows
 
 
 def kind_name(attn, kind):
-    """What a table calls the weights that count where they are a difference of two maps."""
+    """The name of a kind of weights in a table, where those that multiply the values may be a difference of maps."""
     return "difference" if kind == "weights" and attn != "vanilla" else kind
 
 
@@ -309,7 +307,7 @@ def sink_rows(probes):
         for kind in seeds[0]["sink"]:
             layers = np.array([probe["sink"][kind] for probe in seeds])
             by_layer = layers.mean(0)
-            row = {"attn": attn, "weights": kind_name(attn, kind), "mean": spread(layers.mean(1), 5)}
+            row = {"attn": attn, "weights": kind_name(attn, kind), "mean": mean_std(layers.mean(1), 5)}
             rows.append(row | {"highest": f"{by_layer.max():.4f}", "in layer": by_layer.argmax()})
     return rows
 
@@ -325,7 +323,7 @@ def norm_rows(probes):
             ("output", "output RMS / values'"),
         ):
             if kind in norms[0]:
-                row[f"{text}: mean"] = spread([np.mean(norm[kind]["mean"]) for norm in norms])
+                row[f"{text}: mean"] = mean_std([np.mean(norm[kind]["mean"]) for norm in norms])
                 row[f"{text}: lowest"] = f"{min(min(norm[kind]['minimum']) for norm in norms):.4f}"
             else:
                 row |= {f"{text}: mean": "", f"{text}: lowest": ""}
@@ -334,7 +332,7 @@ def norm_rows(probes):
 
 
 def maps(logs, runs, folder):
-    """The two maps and their difference of two heads each of V1 and V2, for one sentence."""
+    """Draw both maps and their difference for one sentence, of two heads each of V1 and V2."""
     heads = [
         (attn, head, seeds[0]["sentence"]["tokens"])
         for attn, seeds in read_probes(logs, runs).items()
@@ -355,7 +353,7 @@ def maps(logs, runs, folder):
 
 
 def legend_above(axis):
-    """A legend over the picture, where it hides no data."""
+    """Put the legend above the picture, where it hides no data."""
     axis.set_title(axis.get_title(), pad=44)
     axis.legend(fontsize=7, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
 
@@ -367,7 +365,7 @@ def save(figure, path):
     plt.close(figure)
 
 
-DRAWN = {  # by group of runs
+FIGURES = {  # by group of runs
     "curves": (curves, wikitext2),
     "corpus": (corpus, lambdas, inside, maps),
     "rates": (stability,),
@@ -379,11 +377,11 @@ def main():
     parser = Parser(__doc__, prog="python -m bench.figures")
     add_flags(parser)
     parser.add_argument("--pictures", default="docs", help="folder for the pictures (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", default=list(DRAWN), choices=list(DRAWN), help="groups of runs")
-    arguments, runs = parse(parser)
+    parser.add_argument("--only", nargs="+", default=list(FIGURES), choices=list(FIGURES), help="groups of runs")
+    arguments, runs = parse_runs(parser)
     folder = Path(arguments.out if arguments.smoke else arguments.pictures)
-    make_missing({name: plan for name, plan in runs.items() if name.split("/")[0] in arguments.only}, arguments)
-    for draw in itertools.chain.from_iterable(DRAWN[group] for group in arguments.only):
+    train_missing({name: plan for name, plan in runs.items() if name.split("/")[0] in arguments.only}, arguments)
+    for draw in itertools.chain.from_iterable(FIGURES[group] for group in arguments.only):
         draw(arguments.logs, runs, folder)
 
 

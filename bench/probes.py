@@ -37,13 +37,13 @@ def differential_maps(module, x, rope, rows):
     The maps are (B, H, R, S), for the queries at `rows`, a slice or a tensor of positions. The factor of the second map
     is (B, H, R, 1). An attention with one map has None for the others.
     """
-    q, k = module.qkv(x, rope)[:2]
+    q, k, _, *logits = module.qkv(x, rope)  # V2 adds the logits of lambda
     q, positions = q[:, rows], torch.arange(x.size(1), device=x.device)[rows]
     if not hasattr(module, "lam"):
         return causal_maps(q, k, positions), None, None
     keys = (k[:, :, 0::2], k[:, :, 1::2]) if module.value_width == 2 else (k, k)  # V1 has a key head for each map
     first, second = (causal_maps(q[:, :, m::2], keys[m], positions) for m in (0, 1))
-    lam = at_least_float32(module.lam(x)).expand(*x.shape[:2], first.size(1))  # (B, T, H)
+    lam = at_least_float32(module.lam(x, *logits)).expand(*x.shape[:2], first.size(1))  # (B, T, H)
     return first, second, lam[:, rows].transpose(1, 2).unsqueeze(-1)
 
 

@@ -1,48 +1,62 @@
-"""The training runs that bench.figures draws: made here once, after which their logs are enough.
+"""The training runs that bench.figures draws. A run is trained once; after that its log is enough.
 
 python -m bench.runs                          # all whose log is not in docs/runs yet
 python -m bench.runs 'curves/*-1' 'rates/*'   # some, by name or pattern
 python -m bench.runs --list                   # their names
 
-An interrupted run goes on from its checkpoint in out/runs. Several processes, on one GPU or each on its own
-(CUDA_VISIBLE_DEVICES), share the work out among them. The larger corpus is a data set of one's own (README). The
-tuning runs begin with the models of others, which have to be finished.
+An interrupted run goes on from its checkpoint in out/runs. Several processes share the runs among them, on one GPU or
+each on its own (CUDA_VISIBLE_DEVICES). --corpus names a data set of your own for the longer runs; docs/results.md says
+what it was. The tuning runs start from the models of other runs, which have to be finished.
 """
 
+import contextlib
 import csv
 import fnmatch
+import functools
 import itertools
 import json
 import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 import dpo
-import parallel
 import sft
 import train
-from bench import fresh_memory
+from bench import reset_memory
 from bench.probes import probe, sentence_maps
-from data import Parser, UserError, run_script
-from data.dataset import atomic_write
+from data.tokenizer import IM_END, IM_START
+from engine import parallel
+from engine.checkpoint import DAMAGED, NEWEST, PREVIOUS, Checkpointer, load_checkpoint, load_latest, run_folder
+from engine.device import autocast, choose_device
+from engine.files import FolderInUse, atomic_write
+from engine.log import Diverged, Log
+from engine.settings import Parser, UserError, run_script
 
 SENTENCE = "The dog that chased the cat up the tree sat down under the tree, and the cat looked down at the dog."
-KEPT = ("step", "loss", "grad_norm", "accuracy", "margin", "val_loss", "val_accuracy", "val_margin")  # of a log.csv
-KINDS = ("vanilla", "v1", "v2")  # a fork's own kind of attention has no place in the report's figures
+COLUMNS = ("step", "loss", "grad_norm", "accuracy", "margin", "val_loss", "val_accuracy", "val_margin")  # of a kept log
+KINDS = ("vanilla", "v1", "v2")  # a fork's own attention has no place in the report's figures
 LEARNING_RATES = (6e-4, 2e-3, 6e-3)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Kinds of run
+# Pretraining without the methods that L-Diff adds: the vocabulary is not padded, all logits exist at once, the learning
+# rate is constant, and AdamW has PyTorch's own settings. BARE also turns the compiler off. The report's baseline has no
+# fused attention either. bf16 and clipped gradients stay.
 
 
-def unpadded(config, encoding):
-    """The shape of a model whose vocabulary is just the tokenizer's: 50,257 ids for GPT-2."""
-    return replace(config, vocab_size=encoding.eot_token + 1)
+def unpadded_vocab(n_vocab):
+    """In place of model.pad_vocab: the ids of the base vocabulary and <|endoftext|>, 50,257 for GPT-2."""
+    return n_vocab - len((IM_START, IM_END))
+
+
+def constant_lr(step, settings):
+    """In place of train.lr_at."""
+    return settings.learning_rate
 
 
 def plain_loss(model, inputs, targets):
@@ -51,68 +65,41 @@ def plain_loss(model, inputs, targets):
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-class Recorded(train.Pretraining):
-    """Pretraining that keeps the lambdas of every validation, and its best model only if that is wanted."""
-
-    keep = False
-
-    def save_best(self, step):
-        if self.keep:
-            super().save_best(step)
-
-    def validate(self, step):
-        values, line = super().validate(step)
-        with train.autocast(self.device):
-            lambdas = self.model.lambdas(self.val_batches[0][0][:1].to(self.device))
-        with open(self.out_dir / "lambdas.csv", "a", encoding="utf-8") as file:
-            file.write(f"{step},{' '.join(f'{value:.4f}' for value in lambdas)}\n")
-        return values, line
+def bare_loss(task, inputs, targets):
+    """In place of Pretraining.loss."""
+    with autocast(task.device):
+        loss = plain_loss(task.compiled, inputs, targets)
+    return {"loss": loss * len(inputs) / task.settings.batch_size}
 
 
-class WithoutMethods(Recorded):
-    """Pretraining without the methods that L-Diff adds: the vocabulary is not padded, logits are kept, the learning
-    rate is constant, and AdamW has PyTorch's own settings. BARE turns the compiler off, and the report's baseline has
-    no fused attention either. bf16 and clipped gradients stay."""
-
-    def config(self):
-        return unpadded(super().config(), self.encoding)
-
-    def make_optimizer(self):
-        return torch.optim.AdamW(self.model.parameters(), weight_decay=self.settings.weight_decay, fused=True)
-
-    def learning_rate(self, step):
-        return self.settings.learning_rate
-
-    def loss_of(self, inputs, targets):
-        with train.autocast(self.device):
-            loss = plain_loss(self.compiled, inputs, targets)
-        return {"loss": loss * len(inputs) / self.settings.batch_size}
+# ---------------------------------------------------------------------------------------------------
+# The plan
 
 
 @dataclass
-class Planned:
-    """A run to be made: its class and settings; the run whose model it begins with; whether its own best.pt is wanted
-    afterwards; and in how many texts its attention is looked at in the end."""
+class PlannedRun:
+    """What to train: a task (Pretraining, SFT or DPO) and its settings."""
 
-    kind: type
+    task_class: type
     settings: train.CommonSettings
-    after: str = ""
-    keep: bool = False
-    texts: int = 0
+    bare: bool = False  # without the methods
+    after: str = ""  # name of the run whose best.pt it starts from
+    keep_best: bool = False  # keep its own best.pt, from which another run starts
+    probe_texts: int = 0  # texts on which bench.probes measures the trained model
 
 
+BARE = dict(bare=True, compile="off", weight_decay=0.01)
 SHORT = dict(batch_size=8, micro_batch_size=8, max_steps=1000, eval_interval=50, save_interval=500)
 LONG = dict(batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=250, save_interval=500)
-BARE = dict(kind=WithoutMethods, compile="off", weight_decay=0.01)
 
 
-def pretraining(attn, kind=Recorded, keep=False, texts=0, **settings):
-    shape = {**train.shape_of("ldiff", attn), "preset": "ldiff", "attn": attn}
-    return Planned(kind, train.Settings(**shape, **settings), keep=keep, texts=texts)
+def pretraining(attn, bare=False, keep_best=False, probe_texts=0, **settings):
+    settings = train.Settings(**train.SHAPES["ldiff"][attn], preset="ldiff", attn=attn, **settings)
+    return PlannedRun(train.Pretraining, settings, bare=bare, keep_best=keep_best, probe_texts=probe_texts)
 
 
 def planned_runs(corpus, out):
-    """{name: Planned}. Three seeds where curves are compared, two where final losses are."""
+    """{name: PlannedRun}, with three seeds where curves are compared, and two where final losses are."""
     runs = {}
     for seed in (1, 2, 3):
         runs[f"curves/vanilla-bare-{seed}"] = pretraining("vanilla", seed=seed, attn_impl="naive", **BARE, **SHORT)
@@ -120,93 +107,108 @@ def planned_runs(corpus, out):
         for attn in KINDS:
             runs[f"curves/{attn}-{seed}"] = pretraining(attn, seed=seed, **SHORT)
     for seed, attn in itertools.product((1, 2), KINDS):
-        keep = (attn, seed) == ("v2", 2)  # SFT begins with it
-        runs[f"corpus/{attn}-{seed}"] = pretraining(attn, keep=keep, texts=64, seed=seed, dataset=corpus, **LONG)
+        keep_best = (attn, seed) == ("v2", 2)  # SFT starts from it
+        plan = pretraining(attn, keep_best=keep_best, probe_texts=64, seed=seed, dataset=corpus, **LONG)
+        runs[f"corpus/{attn}-{seed}"] = plan
     for attn, rate in itertools.product(KINDS, LEARNING_RATES):
         runs[f"rates/{attn}-{rate:g}"] = pretraining(attn, learning_rate=rate, dataset=corpus, **SHORT)
-    tuning = dict(preset="ldiff", attn="v2", save_interval=1000)
-    for stage, kind, settings, after in (
+    for stage, task_class, settings_class, after in (
         ("sft", sft.SFT, sft.Settings, "corpus/v2-2"), ("dpo", dpo.DPO, dpo.Settings, "tuning/sft"),
     ):  # fmt: skip
-        begin = settings(**tuning, init_from=f"{out}/{after}/best.pt")
-        runs[f"tuning/{stage}"] = Planned(kind, begin, after=after, keep=stage == "sft")
+        settings = settings_class(preset="ldiff", attn="v2", save_interval=1000, init_from=f"{out}/{after}/best.pt")
+        runs[f"tuning/{stage}"] = PlannedRun(task_class, settings, after=after, keep_best=stage == "sft")
     return runs
 
 
-def shrunk(plan):
-    """The same run in a few seconds on any machine."""
-    few = dict(preset="tiny", dataset="tiny", batch_size=2, micro_batch_size=2, max_steps=4, eval_interval=2)
-    few |= dict(warmup_steps=1)
+def shrink(plan):
+    """The same run with a tiny model and few steps: a few seconds on any machine."""
+    small = dict(preset="tiny", dataset="tiny", batch_size=2, micro_batch_size=2, max_steps=4, eval_interval=2)
+    small |= dict(warmup_steps=1)
     if isinstance(plan.settings, train.Settings):
-        few |= {**train.shape_of("tiny", plan.settings.attn), "block_size": 256, "n_layer": 4, "n_embd": 192}
-        few |= dict(eval_windows=2)
+        small |= {**train.SHAPES["tiny"][plan.settings.attn], "block_size": 256, "n_layer": 4, "n_embd": 192}
+        small |= dict(eval_windows=2)
     else:
-        few |= dict(eval_examples=4)
-    return replace(plan, settings=replace(plan.settings, **few), texts=min(plan.texts, 2))
+        small |= dict(eval_examples=4)
+    return replace(plan, settings=replace(plan.settings, **small), probe_texts=min(plan.probe_texts, 2))
 
 
 # ---------------------------------------------------------------------------------------------------
-# Making one
+# Training
 
 
-def make(plan, folder, log, device):
-    """Carry out a run in `folder`, which is locked, or the rest of it, and write `log`, what is kept of its log.csv."""
-    resume = any((folder / name).exists() for name in (train.NEWEST, train.PREVIOUS))
+def make_task(plan, settings, checkpoint):
+    """Build the task of a planned run, and its optimizer."""
+    task = plan.task_class(settings, checkpoint)
+    if plan.bare:
+        task.loss = functools.partial(bare_loss, task)
+        return task, torch.optim.AdamW(task.model.parameters(), weight_decay=settings.weight_decay, fused=True)
+    return task, train.make_optimizer(task.model, getattr(settings, "weight_decay", 0.0))  # tuning has no decay
+
+
+def train_run(plan, folder, log, device):
+    """Train a run in `folder`, which is locked, or resume it. Writes `log`, what is kept of its log.csv."""
+    resume = any((folder / name).exists() for name in (NEWEST, PREVIOUS))
     settings = replace(plan.settings, out_dir=str(folder), resume=resume, device=device)
+    checkpoint = load_checkpoint(settings.init_from) if settings.init_from and not resume else None
     if resume:
-        start = train.load_latest(folder)
-    else:
-        train.make_room(folder)
-        start = train.load_checkpoint(settings.init_from) if settings.init_from else None
-    run = plan.kind(settings, start)
-    run.keep = plan.keep
-    try:
-        train.fit(run, train.Log(run))
-    except train.Diverged as error:  # what came before is the result
-        print(f"{folder}: {error}")
-    if plan.texts:
-        look_inside(run, plan.texts, log.with_suffix(".json"))
-    keep_log(folder, log)  # last, for it marks the run as done
+        checkpoint = load_latest(folder)
+
+    def record_lambdas(row):
+        if "val_loss" in row:
+            with autocast(task.device):
+                lambdas = task.model.lambdas(task.val_batches[0][0][:1].to(task.device))
+            with open(folder / "lambdas.csv", "a", encoding="utf-8") as file:
+                file.write(f"{row['step']},{' '.join(f'{value:.4f}' for value in lambdas)}\n")
+
+    patched = mock.patch.multiple(train, pad_vocab=unpadded_vocab, lr_at=constant_lr)
+    with patched if plan.bare else contextlib.nullcontext():
+        task, optimizer = make_task(plan, settings, checkpoint)
+        checkpointer = Checkpointer(task, optimizer)
+        checkpointer.start(checkpoint if resume else None)
+        if not plan.keep_best:
+            checkpointer.save_if_best = lambda step, val_loss: False
+        on_step = record_lambdas if plan.task_class is train.Pretraining else None
+        try:
+            train.fit(task, optimizer, checkpointer, Log(task), on_step)
+        except Diverged as error:  # its log up to here is the result
+            print(f"{folder}: {error}")
+    if plan.probe_texts:
+        write_probes(task, plan.probe_texts, log.with_suffix(".json"))
+    keep_log(folder, log)  # last, since it marks the run as done
 
 
-def clean_up(plan, folder):
-    """Remove what is not needed of a finished run."""
-    for name in (train.NEWEST, train.PREVIOUS, train.DAMAGED):
-        (folder / name).unlink(missing_ok=True)
-    if not plan.keep:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def look_inside(run, texts, path):
-    """Write what bench.probes finds in a run's model, with held-out text around its needles."""
-    tokens = torch.cat([inputs.flatten() for inputs, _ in run.val_batches]).numpy()
-    found = probe(run.model, run.encoding, tokens, run.settings.block_size, texts)
-    with train.autocast(run.device), torch.no_grad():
-        found["sentence"] = sentence_maps(run.model, run.encoding, SENTENCE)
+def write_probes(task, texts, path):
+    """Write what bench.probes measures in a trained model, on the text that it was validated on."""
+    tokens = torch.cat([inputs.flatten() for inputs, _ in task.val_batches]).numpy()
+    found = probe(task.model, task.encoding, tokens, task.settings.block_size, texts)
+    with autocast(task.device), torch.no_grad():
+        found["sentence"] = sentence_maps(task.model, task.encoding, SENTENCE)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def keep_log(folder, path):
-    """The columns KEPT of log.csv in five digits, and the lambdas where they were recorded."""
+    """Write the COLUMNS of a run's log.csv to `path`, in five digits, and its lambdas if they were recorded."""
     lambdas = {}
     if (folder / "lambdas.csv").exists():
         with open(folder / "lambdas.csv", encoding="utf-8") as file:
             lambdas = dict(line.split(",") for line in file.read().split("\n") if "," in line)
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    columns = [name for name in KEPT if name in rows[0]] + ["lambdas"]
+    columns = [name for name in COLUMNS if name in rows[0]] + ["lambdas"]
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in rows:
             row["lambdas"] = lambdas.get(row["step"], "")
-            writer.writerow([_short(row[name]) if name not in ("step", "lambdas") else row[name] for name in columns])
+            writer.writerow(
+                [round_digits(row[name]) if name not in ("step", "lambdas") else row[name] for name in columns]
+            )
 
 
-def _short(text):
+def round_digits(text):
     return f"{float(text):.5g}" if text else ""
 
 
@@ -214,66 +216,76 @@ def log_path(logs, name):
     return Path(logs) / f"{name.replace('/', '-')}.csv"
 
 
-def make_missing(runs, arguments):
-    """Make those of the runs whose log is not in the folder --logs, and which no other process is making."""
-    device = train.choose_device(arguments.device)
+def train_missing(runs, arguments):
+    """Train the runs whose log is not in the folder --logs, except those that another process is training.
+
+    Of a finished run, its folder keeps at most best.pt. Raises UserError if the run that one starts from is not done.
+    """
+    device = choose_device(arguments.device)
     for name, plan in runs.items():
         log, folder = log_path(arguments.logs, name), Path(arguments.out) / name
         if log.exists() and not folder.exists():
             print(f"{name}: done, see {log}")
             continue
         try:
-            with train.locked(folder):
+            with run_folder(folder):
                 if not log.exists():
-                    make_in_turn(name, plan, folder, log, arguments, device)
-                clean_up(plan, folder)
-        except train.Busy:
-            print(f"\n{name}: another process is at it")
+                    if plan.after and not log_path(arguments.logs, plan.after).exists():
+                        raise UserError(f"{name} begins with the model of {plan.after}, which is not done")
+                    print(f"\n{name}:")
+                    reset_memory(device)
+                    train_run(plan, folder, log, arguments.device)
+                for file in (NEWEST, PREVIOUS, DAMAGED):
+                    (folder / file).unlink(missing_ok=True)
+                if not plan.keep_best:
+                    shutil.rmtree(folder, ignore_errors=True)
+        except FolderInUse:
+            print(f"\n{name}: another process is training it")
 
 
-def make_in_turn(name, plan, folder, log, arguments, device):
-    """Make a run; raises UserError if the one that it begins with is not done."""
-    if plan.after and not log_path(arguments.logs, plan.after).exists():
-        raise UserError(f"{name} begins with the model of {plan.after}, which is not done")
-    print(f"\n{name}:")
-    fresh_memory(device)
-    make(plan, folder, log, arguments.device)
+# ---------------------------------------------------------------------------------------------------
+# Command line
 
 
 def add_flags(parser):
+    """Add the flags that bench.runs and bench.figures share."""
     parser.add_argument("--corpus", default="docs", help="data set of the longer runs (default: %(default)s)")
     parser.add_argument("--logs", default="docs/runs", help="folder of finished runs' logs (default: %(default)s)")
-    parser.add_argument("--out", default="out/runs", help="folder of runs under way (default: %(default)s)")
+    parser.add_argument("--out", default="out/runs", help="folder of unfinished runs (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--smoke", action="store_true", help="a few steps of tiny models, anew, in OUT/smoke")
 
 
-def parse(parser):
-    """The arguments, and the runs that they are about; in a smoke test, those of the first seed and what they need."""
-    parallel.refuse_several()
+def parse_runs(parser):
+    """Parse the command line -> its arguments, and the planned runs.
+
+    In a smoke test these are the runs of the first seed, and those that others start from.
+    """
+    parallel.refuse_torchrun()
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.out, arguments.logs = f"{arguments.out}/smoke", f"{arguments.out}/smoke/logs"
         shutil.rmtree(arguments.out, ignore_errors=True)
     runs = planned_runs(arguments.corpus, arguments.out)
     if arguments.smoke:
-        runs = {name: shrunk(plan) for name, plan in runs.items() if plan.keep or not name.endswith(("-2", "-3"))}
+        chosen = {name: plan for name, plan in runs.items() if plan.keep_best or not name.endswith(("-2", "-3"))}
+        runs = {name: shrink(plan) for name, plan in chosen.items()}
     return arguments, runs
 
 
 def main():
     parser = Parser(__doc__, prog="python -m bench.runs")
     parser.add_argument("names", nargs="*", default=["*"], help="names or patterns of runs")
-    parser.add_argument("--list", action="store_true", help="list the names and leave")
+    parser.add_argument("--list", action="store_true", help="list the names and exit")
     add_flags(parser)
-    arguments, runs = parse(parser)
+    arguments, runs = parse_runs(parser)
     chosen = {name: plan for name, plan in runs.items() if any(fnmatch.fnmatch(name, p) for p in arguments.names)}
     if not chosen:
         raise UserError(f"there is no run called {' or '.join(arguments.names)}; --list lists them")
     if arguments.list:
         print("\n".join(f"{name}{'  (done)' if log_path(arguments.logs, name).exists() else ''}" for name in chosen))
         sys.exit()
-    make_missing(chosen, arguments)
+    train_missing(chosen, arguments)
 
 
 if __name__ == "__main__":

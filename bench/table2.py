@@ -44,7 +44,12 @@ ROWS = {
     ("vanilla", INGREDIENTS): "d",
 }
 FLAGS = dict(
-    ablate=dict(nargs="*", default=list(ATTENTION), choices=list(ATTENTION), help="attentions to measure with one ingredient each"),
+    ablate=dict(
+        nargs="*",
+        default=list(ATTENTION),
+        choices=list(ATTENTION),
+        help="attentions to take apart",
+    ),
     tokens=dict(type=positive_int, default=16384, help="tokens a step"),
     length=dict(type=positive_int, default=2048, help="context length"),
 )

@@ -7,7 +7,7 @@
 
 A checkpoint is one dict of tensors and plain values. Several processes that have a sharded model write its tensors in
 parts, all at once, into a folder parts-STEP that ckpt.pt names (torch.distributed.checkpoint, DCP); any number of
-processes can read them. One file becomes of them with
+processes can read them. To merge them into one file:
 
     python -m engine.checkpoint out/pretrain
 """
@@ -37,7 +37,7 @@ if dist.is_available():
     import torch.distributed.checkpoint as dcp
 
 NEWEST, PREVIOUS, DAMAGED, BEST = "ckpt.pt", "ckpt-previous.pt", "ckpt-damaged.pt", "best.pt"
-RUN_FILES = ("log.csv", BEST, "adapter.pt", "lambdas.csv", DAMAGED, PREVIOUS, NEWEST)  # NEWEST is moved last
+RUN_FILES = ("log.csv", BEST, "adapter.pt", "lambdas.csv", DAMAGED, PREVIOUS, NEWEST)  # bench.runs has lambdas.csv
 FORMAT = 1  # of checkpoints: one more whenever what is in them changes
 
 # ---------------------------------------------------------------------------------------------------
@@ -75,6 +75,7 @@ def archive_previous_run(out_dir):
 
 
 def part_folders(out_dir):
+    """Return the folders of checkpoints in parts."""
     return [path for path in out_dir.glob("parts-*") if re.fullmatch(r"parts-\d+", path.name) and path.is_dir()]
 
 
@@ -174,19 +175,23 @@ def load_weights(model, checkpoint):
     return model
 
 
-def load_optimizer_state(optimizer, saved):
-    """Load the state of a saved optimizer, but not its learning rates, which follow from the settings.
+def load_optimizer_state(optimizer, saved, sharded=False):
+    """Copy a saved optimizer's state into an optimizer's, in place, but not its learning rates: the settings have them.
 
-    Raises some error if it does not fit. A fused kernel would not notice, and write beyond the tensors.
+    Raises an exception (of any type) if it does not fit.
     """
     init_optimizer_state(optimizer)
-    expected = {p: dict(state) for p, state in optimizer.state.items()}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
-    for parameter, state in expected.items():
-        for name, tensor in state.items():
-            loaded = optimizer.state[parameter][name]
-            if torch.is_tensor(tensor) and (loaded.shape != tensor.shape or not loaded.is_contiguous()):
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            loaded = saved["state"][index][name]
+            if not torch.is_tensor(value):
+                state[name] = loaded
+            elif loaded.shape != value.shape:
                 raise ValueError
+            elif sharded:
+                parallel.scatter(loaded, value)
+            else:
+                value.copy_(loaded)
 
 
 def init_optimizer_state(optimizer):
@@ -210,7 +215,7 @@ def init_optimizer_state(optimizer):
 
 
 def resume_settings(given, settings_class, stage):
-    """For --resume: the settings of the run in out_dir, overridden by the flags given now, and its checkpoint."""
+    """Return the settings of the run in out_dir, overridden by the flags given with --resume, and its checkpoint."""
     if clash := {"preset", "init_from"} & given.keys():
         raise UserError(f"--resume goes on with a run as it was begun; it does not go with --{clash.pop()}")
     out_dir = Path(given.get("out_dir", settings_class.out_dir))
@@ -240,6 +245,8 @@ class Checkpointer:
     """
 
     def __init__(self, task, optimizer):
+        if not isinstance(optimizer, torch.optim.Optimizer):  # found now rather than when the run is to be resumed
+            raise TypeError(f"checkpoints need a torch.optim.Optimizer, not {type(optimizer).__name__}")
         self.task, self.optimizer, self.out_dir = task, optimizer, Path(task.settings.out_dir)
         self.step, self.best_val_loss, self.last_parts = 0, math.inf, None
 
@@ -256,23 +263,26 @@ class Checkpointer:
             torch.manual_seed(seed)  # other dropout than process 0's
 
     def restore(self, checkpoint):
+        """Restore step, optimizer and random state. The model has its weights already, unless they are in parts."""
         if checkpoint["data"] != self.task.meta:
             raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
         try:
             self.step, self.best_val_loss = checkpoint["step"], self.saved_best_val_loss()
-            if parallel.is_sharded(self.task.model):
-                load_sharded(self.task.model, self.optimizer, checkpoint)
+            if "parts" in checkpoint:  # they hold the model, too
+                load_parts(checkpoint["parts"], self.task.model, self.optimizer)
             else:
-                load_optimizer_state(self.optimizer, checkpoint["optimizer"])
+                sharded = parallel.is_sharded(self.task.model)
+                load_optimizer_state(self.optimizer, checkpoint["optimizer"], sharded)
             set_rng_state(checkpoint["rng"])
             if self.step < 1:
                 raise ValueError
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{self.out_dir / NEWEST} is no checkpoint to resume from") from error
+            cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise UserError(f"{self.out_dir / NEWEST} is no checkpoint to resume from ({cause})") from error
         self.last_parts = checkpoint.get("parts")
 
     def saved_best_val_loss(self):
-        """The loss of best.pt, which may be from steps after the last checkpoint; infinite if that cannot be read."""
+        """Return the loss of best.pt, which may be newer than the last checkpoint, or infinity if it cannot be read."""
         try:
             return float(load_checkpoint(self.out_dir / BEST)["best_val_loss"])
         except (Damaged, KeyError, TypeError, ValueError):
@@ -303,6 +313,7 @@ class Checkpointer:
         self.last_parts = folder
 
     def write(self, name, step, state_dict, **more):
+        """Write a checkpoint of the run, in process 0 alone."""
         if parallel.RANK:
             return
         task = self.task
@@ -340,7 +351,7 @@ def stop_signals():
 
 
 def sharded_tensors(model, optimizer):
-    """All tensors of a checkpoint by name, in place: loading writes into them."""
+    """Return all tensors of a checkpoint by name, not copies: loading writes into them."""
     named = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         named |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
@@ -348,31 +359,22 @@ def sharded_tensors(model, optimizer):
 
 
 def save_parts(folder, model, optimizer):
+    """Write the tensors of a sharded model and its optimizer into a folder. All processes must call it."""
     with dcp_errors():
         dcp.save(sharded_tensors(model, optimizer), checkpoint_id=folder)
 
 
-def load_sharded(model, optimizer, checkpoint):
-    """Load the state of a sharded model's optimizer, and from parts the weights too.
-
-    Raises some error, in all processes, if it does not fit.
-    """
+def load_parts(folder, model, optimizer):
+    """Read what save_parts() wrote into a sharded model and its optimizer. All processes must call it."""
     init_optimizer_state(optimizer)
-    if "parts" in checkpoint:
-        with dcp_errors():
-            return dcp.load(sharded_tensors(model, optimizer), checkpoint_id=checkpoint["parts"])
-    for number, state in optimizer.state_dict()["state"].items():
-        for name, tensor in state.items():
-            saved = checkpoint["optimizer"]["state"][number][name]
-            if saved.shape != tensor.shape:
-                raise ValueError
-            parallel.scatter(saved, tensor)
+    with dcp_errors():
+        dcp.load(sharded_tensors(model, optimizer), checkpoint_id=folder)
 
 
 def resolve_parts(checkpoint, out_dir):
     """Put the parts' folder into a checkpoint, or for a single process the tensors that it holds.
 
-    Raises some error if the parts are not complete.
+    Raises an exception (of any type) if the parts are not complete.
     """
     checkpoint["parts"] = folder = out_dir / checkpoint["parts"]
     metadata = read_metadata(folder).state_dict_metadata
@@ -409,7 +411,10 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder):
-    """DCP's metadata of a folder of parts. Raises some error if it is missing, damaged or not written by DCP."""
+    """Read DCP's metadata of a folder of parts.
+
+    Raises an exception (of any type) if it is missing, damaged or not written by DCP.
+    """
     if not (folder / ".metadata").exists():  # which is written last
         raise ValueError("it is not complete")
     with open(folder / ".metadata", "rb") as file:

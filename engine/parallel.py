@@ -57,7 +57,7 @@ def process_group():
 
 
 def all_reduce_max(number):
-    """The highest of all processes' numbers, for a decision that they must agree on. Waits for all."""
+    """Return the highest of all processes' numbers, for a decision that they must agree on. Waits for all."""
     if WORLD_SIZE == 1:
         return number
     number = torch.tensor(int(number))
@@ -65,19 +65,23 @@ def all_reduce_max(number):
     return number.item()
 
 
-def all_reduce_sum(values, device, parameters=()):
-    """The sums over all processes of {name: number or tensor}, and of the parameters' gradients, in place.
-
-    FSDP has summed the gradients of sharded parameters already.
-    """
+def all_reduce_sum(values, device):
+    """Return the sums over all processes of {name: number or tensor}."""
     if WORLD_SIZE == 1:
         return values
-    for parameter in parameters:
-        if not isinstance(parameter, DTensor):
-            dist.all_reduce(parameter.grad)
     total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values.values()])
     dist.all_reduce(total)
     return dict(zip(values, total))
+
+
+def all_reduce_gradients(parameters):
+    """Sum the parameters' gradients over all processes, in place.
+
+    FSDP has summed those of sharded parameters in the backward pass.
+    """
+    for parameter in parameters if WORLD_SIZE > 1 else ():
+        if not isinstance(parameter, DTensor):
+            dist.all_reduce(parameter.grad)
 
 
 @contextlib.contextmanager
@@ -103,7 +107,7 @@ def check_batch_size(settings):
 
 
 def build_on_device(build, device, compiles):
-    """Build a model on its device -> the model, and what to call in training: itself or a compiled form of it.
+    """Build a model on its device -> the model, and what to call in training: itself or its compiled form.
 
     With several processes it is sharded, and its layers are compiled one by one.
     """
@@ -143,6 +147,7 @@ def shard(build, device, compile=None):
 
 
 def named_tensors(model):
+    """Yield the name and tensor of every parameter and buffer."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
@@ -160,9 +165,10 @@ def scatter(value, tensor):
 
 
 def sync_grads_on_last_micro_batch(model, micro_batches):
-    """Sum the gradients of so many micro-batches on each GPU before they are reduced, and keep layers gathered.
+    """Accumulate the gradients of `micro_batches` micro-batches on each GPU before they are reduced.
 
-    Less traffic, for the memory of a whole model in bf16 and its gradients in float32.
+    Layers stay gathered meanwhile. That is less traffic, for the memory of a whole model in bf16 and its gradients in
+    float32.
     """
     done = itertools.count(1)
 
@@ -176,16 +182,17 @@ def sync_grads_on_last_micro_batch(model, micro_batches):
 
 
 def is_sharded(model):
+    """Return True if each process has a part of the model's parameters only."""
     return WORLD_SIZE > 1 and any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def full_tensor(tensor):
-    """A tensor that may be sharded, whole. All processes have to call it."""
+    """Return the whole of a tensor that may be sharded. All processes must call it."""
     return tensor.full_tensor() if WORLD_SIZE > 1 and isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensors):
-    """{name: sharded tensor} -> {name: whole tensor} on process 0's CPU, nothing on the others."""
+    """Gather {name: sharded tensor} -> {name: whole tensor} on process 0's CPU, {} on the others."""
     if WORLD_SIZE == 1:
         return tensors
     whole = ((name, full_tensor(tensor)) for name, tensor in tensors.items())  # one at a time on the GPU
