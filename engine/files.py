@@ -41,7 +41,7 @@ def locked(folder):
     Raises FolderInUse if another process holds it, UserError if the folder cannot be written to. On a file system
     without locks, the caller goes on without one.
     """
-    lock = filelock.FileLock(Path(folder) / "lock")
+    lock = filelock.FileLock(Path(folder) / "lock", fallback_to_soft=False)  # a soft lock outlives a killed process
     try:
         open(lock.lock_file, "a").close()  # filelock would report a folder that is read-only as locked
     except OSError as error:

@@ -20,7 +20,7 @@ from engine.graphs import compile_model
 from engine.settings import UserError
 
 if dist.is_available():
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor, distribute_tensor
 
 # What torchrun tells each process. Clusters set the same names for other programs, so they count under torchrun alone.
@@ -183,7 +183,7 @@ def sync_grads_on_last_micro_batch(model, micro_batches):
 
 def is_sharded(model):
     """Return True if each process has a part of the model's parameters only."""
-    return WORLD_SIZE > 1 and any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return WORLD_SIZE > 1 and isinstance(model, FSDPModule)  # its parameters may be gathered at the moment
 
 
 def full_tensor(tensor):

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -52,13 +53,13 @@ STAGES = {"sft": sft, "dpo": dpo}
 def run_main(script, *flags, on_step=None, sample=False):
     """Run main() of train.py, sft.py or dpo.py in this process -> its task, optimizer and folder.
 
-    `sample` asks for the sample of text in the end.
+    on_step(task, row) is called after every step. `sample` asks for the text that a run writes in the end.
     """
     done, train_fit = SimpleNamespace(), train.fit  # which is patched below
 
     def fit(task, optimizer, *rest):
         done.task, done.optimizer, done.folder = task, optimizer, rest[0].out_dir
-        train_fit(task, optimizer, *rest, on_step=on_step)
+        train_fit(task, optimizer, *rest, on_step=on_step and partial(on_step, task))
 
     patches = {"fit": fit} if sample else {"fit": fit, "summarize": mock.DEFAULT}
     argv = [f"{script.__name__}.py", *map(str, flags)]
@@ -70,6 +71,18 @@ def run_main(script, *flags, on_step=None, sample=False):
 def pretrain(dataset, folder, *flags, **options):
     preset = [] if "--resume" in flags else ["--preset", "tiny"]
     return run_main(train, *preset, *PRETRAIN, "--dataset", dataset, "--out_dir", folder, *flags, **options)
+
+
+class Killed(BaseException):
+    """What ends a run that kill_at() is the on_step of."""
+
+
+def kill_at(step):
+    def on_step(task, row):
+        if row["step"] == step:
+            raise Killed
+
+    return on_step
 
 
 def base_model(attn="v2", seed=0):
@@ -92,7 +105,9 @@ def write_tuning_data(home):
     turns = [[("human", q), ("gpt", f"sum {i}" * (1 + i % 3))] for i, q in enumerate(questions)]
     rows = [{"conversations": [dict([("from", role), ("value", text)]) for role, text in row]} for row in turns]
     write_examples(home / "set" / "sft", rows, tokenize_conversation, "bytes", 96, "a test")
-    pairs = [dict(system="", question=q, chosen=f"yes {q}", rejected="no" * (1 + i % 3)) for i, q in enumerate(questions)]
+    pairs = [
+        dict(system="", question=q, chosen=f"yes {q}", rejected="no" * (1 + i % 3)) for i, q in enumerate(questions)
+    ]
     write_examples(home / "set" / "dpo", pairs, tokenize_pair, "bytes", 96, "a test")
     return home
 

@@ -1,15 +1,16 @@
 """The training loop, and pretraining with it: the recipe, one step, whole runs, and what a fork replaces."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from small import log_of, pretrain, same, tiny_config, weights_of
+from small import Killed, kill_at, log_of, pretrain, same, tiny_config, weights_of
 
 import train
-from model import ATTENTION, GPT, DiffAttnV2, GPTConfig
+from model import ATTENTION, GPT, GPTConfig
 
 
 @pytest.fixture
@@ -108,27 +109,29 @@ def test_gradients_are_clipped():
     assert (layer.weight - before).norm().item() == pytest.approx(1.0, rel=1e-4)
 
 
-def test_a_step_that_is_not_finite_is_skipped():
+@pytest.mark.parametrize("optimizer", [train.make_optimizer, lambda layer, _: torch.optim.Adam(layer.parameters())])
+def test_a_step_that_is_not_finite_is_skipped(optimizer):
     """Weights and the optimizer's moments stay, and the next step is as if it had not been."""
     weights = []
-    for batches in ((1.0, 2.0), (1.0, float("inf"), 2.0), (1.0, float("nan"), 2.0)):
+    for batches in ((1.0, 2.0), (1.0, math.inf, 2.0), (1.0, math.nan, 2.0)):
         torch.manual_seed(0)
         layer = nn.Linear(1, 1)
-        task, optimizer = toy_task(lambda x, layer=layer: {"loss": layer(x).square().mean()}), train.make_optimizer(layer, 0)
-        rows = [train.training_step(task, optimizer, 0.1, [(torch.full((1, 1), x),)]) for x in batches]
-        assert [bool(row["skipped"]) for row in rows] == [not np.isfinite(x) for x in batches]
+        task, moments = toy_task(lambda x, layer=layer: {"loss": layer(x).square().mean()}), optimizer(layer, 0.1)
+        rows = [train.training_step(task, moments, 0.1, [(torch.full((1, 1), x),)]) for x in batches]
+        assert [bool(row["skipped"]) for row in rows] == [not math.isfinite(x) for x in batches]
         weights.append(torch.cat([p.detach().flatten() for p in layer.parameters()]))
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
 def test_validation_is_the_mean_over_all_tokens_of_the_validation_data(run, small_data):
-    task = run("--max_steps", 1).task
+    done = run("--max_steps", 1)
+    task = done.task
     tokens = np.fromfile(small_data / "val.bin", np.uint16)
     inputs, targets = (torch.cat(tensors) for tensors in zip(*task.val_batches))
     assert inputs[0].tolist() == tokens[:16].tolist() and targets[0].tolist() == tokens[1:17].tolist()
     expected = task.model(inputs, targets)[1].item()
     assert task.evaluate()[0]["val_loss"] == pytest.approx(expected, rel=1e-5)
-    assert float(log_of(task_folder(task), "val_loss")[0][0]) == pytest.approx(expected, rel=1e-5)
+    assert float(log_of(done.folder, "val_loss")[0][0]) == pytest.approx(expected, rel=1e-5)
 
     task.val_batches = [(inputs[:1], targets[:1]), (inputs[1:4], targets[1:4])]  # not the mean of two means
     assert task.evaluate()[0]["val_loss"] == pytest.approx(task.model(inputs[:4], targets[:4])[1].item(), rel=1e-5)
@@ -139,11 +142,11 @@ def test_validation_is_the_mean_over_all_tokens_of_the_validation_data(run, smal
 
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_training_learns(run, attn, capsys):
-    done = run("--attn", attn, "--max_steps", 60, "--learning_rate", 3e-2, sample=True)
+    done = run("--attn", attn, "--max_steps", 60, "--learning_rate", 3e-2)
     losses = [float(loss) for (loss,) in log_of(done.folder, "loss")]
     assert losses[0] > 5 and losses[-1] < 2.0
     text = capsys.readouterr().out
-    assert "settings: preset=tiny" in text and f"model: {attn}" in text and "sample:" in text
+    assert "settings: preset=tiny" in text and f"model: {attn}" in text
     assert ("lambda by layer" in text) == hasattr(ATTENTION[attn], "lam")
 
 
@@ -155,7 +158,9 @@ def test_log_has_a_row_a_step(run):
 
 
 def test_seed_decides_everything(run):
-    first, again, other = (log_of(run("--seed", n, out=out).folder, "loss") for n, out in ((5, "a"), (5, "b"), (6, "c")))
+    first, again, other = (
+        log_of(run("--seed", n, out=out).folder, "loss") for n, out in ((5, "a"), (5, "b"), (6, "c"))
+    )
     assert first == again != other
 
 
@@ -164,15 +169,8 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(run, attn, tmp_path):
     flags = ["--attn", attn, "--micro_batch_size", 2, "--log_interval", 1]
     whole = run(*flags, out="whole").folder
 
-    class Killed(BaseException):
-        pass
-
-    def kill(row):
-        if row["step"] == 8:
-            raise Killed
-
     with pytest.raises(Killed):
-        run(*flags, out="cut", on_step=kill)
+        run(*flags, out="cut", on_step=kill_at(8))
     cut = tmp_path / "cut"
     saved = torch.load(cut / "ckpt.pt", weights_only=True)
     assert saved["step"] == 6 and len(log_of(cut, "step")) == 7  # logged beyond the checkpoint
@@ -198,22 +196,33 @@ def test_best_checkpoint_is_the_one_with_the_lowest_validation_loss(run):
 
 
 def test_a_callback_sees_every_step_and_its_gradients(run):
+    """Here: the gradients' norm, layer by layer, of the whole batch and as clipped."""
     rows, norms = [], []
 
-    def on_step(row):
-        rows.append(dict(row))
-        layers = rows_of.task.model.layers if hasattr(rows_of, "task") else []
-        norms.append(layers)
+    def on_step(task, row):
+        rows.append(row)
+        layers = [task.model.embed_tokens, *task.model.layers, task.model.norm, task.model.lm_head]
+        norms.append([nn.utils.get_total_norm([p.grad for p in layer.parameters()]).item() for layer in layers])
 
-    rows_of = run(on_step=on_step)
-    assert [row["step"] for row in rows] == list(range(1, 9)) and norms
+    run("--micro_batch_size", 2, on_step=on_step)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["step"] for row in rows if "val_loss" in row] == [4, 8]
+    for row, norm in zip(rows, norms, strict=True):
+        assert row.keys() >= {"step", "lr", "loss", "grad_norm", "skipped"}
+        assert torch.tensor(norm).norm().item() == pytest.approx(min(row["grad_norm"].item(), 1.0), rel=1e-4)
 
 
-def test_another_optimizer(run, monkeypatch):
-    """Any of torch.optim, with a few lines in make_optimizer()."""
+def test_another_optimizer(run, monkeypatch, tmp_path):
+    """Any of torch.optim, also resumed."""
     monkeypatch.setattr(train, "make_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), momentum=0.9))
-    losses = [float(loss) for (loss,) in log_of(run("--learning_rate", 0.3, "--max_steps", 30).folder, "loss")]
+    flags = ["--learning_rate", 0.3, "--max_steps", 20]
+    whole = run(*flags, out="whole").folder
+    losses = [float(loss) for (loss,) in log_of(whole, "loss")]
     assert losses[-1] < losses[0] - 1
+    with pytest.raises(Killed):
+        run(*flags, out="cut", on_step=kill_at(17))
+    run("--resume", *flags, out="cut")
+    assert same(weights_of(tmp_path / "cut"), weights_of(whole))
 
 
 def test_another_schedule(run, monkeypatch):

@@ -2,7 +2,11 @@
 
 import csv
 import os
+import signal
+import socket
+import sys
 import time
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -10,7 +14,10 @@ import torch
 import dpo
 import sft
 import train
+from engine import parallel
 from engine.settings import run_script
+
+ROOT = Path(__file__).parent.parent.parent
 
 STAGES = {"pretrain": train.Pretraining, "sft": sft.SFT, "dpo": dpo.DPO}
 SCRIPTS = {"pretrain": train, "sft": sft, "dpo": dpo}
@@ -50,9 +57,10 @@ def fork(function, output=os.devnull):
     if child:
         return child
     try:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT, 0o644)
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))  # not pytest's
         run_script(function)
         os._exit(0)
     except SystemExit as error:
@@ -63,6 +71,46 @@ def fork(function, output=os.devnull):
 
 def exit_code(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_two_processes(script, out_dir, *flags):
+    """Call a script's main() in two connected processes -> whether it worked, and what they printed.
+
+    Like torchrun, end the other if one fails.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def work(rank):
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+        for name, value in numbers.items():
+            setattr(parallel, name, value)
+        os.environ.update({name: str(value) for name, value in numbers.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        sys.argv = [f"{script.__name__}.py", *map(str, ("--out_dir", out_dir, *flags))]
+        script.main()
+
+    outputs = [Path(f"{out_dir}-output-{rank}") for rank in range(2)]
+    for path in outputs:
+        path.touch()
+    children, works = {fork(lambda rank=rank: work(rank), outputs[rank]) for rank in range(2)}, True
+    while children:
+        ended, status = os.wait()
+        children.remove(ended)
+        if os.waitstatus_to_exitcode(status):
+            works = False
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+    text = "".join(path.read_text() for path in outputs)
+    for path in outputs:
+        path.unlink()
+    return works, text
+
+
+def torchrun(processes, script, out_dir, *flags):
+    """The command that a user would enter."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *start, *map(str, (script, "--out_dir", out_dir, *flags))]
 
 
 def wait_until(condition, seconds=60):

@@ -1,4 +1,4 @@
-"""bench/probes.py: maps against the attention modules themselves, and measurements against cases known exactly."""
+"""bench/probes.py: its maps against the attention modules, and its measurements against cases known exactly."""
 
 import json
 import math
@@ -12,10 +12,12 @@ import torch
 from bench import probes
 from bench.probes import differential_maps, needle_size, needle_texts, probe, sentence_maps, share
 from data.tokenizer import get_tokenizer
-from model import ATTENTION, GPT, GPTConfig, attention_maps
+from engine.attention import attention_maps
+from engine.generate import prepare_for_inference
+from model import ATTENTION, GPT, GPTConfig
 
 BYTES = get_tokenizer("bytes")
-# Bytes and all pairs of digits, so that numbers of as many digits have different numbers of ids, as with GPT-2's BPE.
+# Bytes and most pairs of digits. As with GPT-2's BPE, numbers with equally many digits differ in their number of ids.
 PAIRS = {**{bytes([i]): i for i in range(256)}, **{b"%02d" % i: 256 + i for i in range(100) if i % 7}}
 MERGING = tiktoken.Encoding("pairs", pat_str=r" ?\d+|[^\d]+", mergeable_ranks=PAIRS, special_tokens={})
 TEXT = np.frombuffer(b"the quick brown fox jumps over the lazy dog, " * 60, dtype=np.uint8).astype(np.uint16)
@@ -31,7 +33,7 @@ def float64():
 
 
 def tiny_model(attn, heads="multi-head", std=0.3):
-    """Weights large enough for attention to be far from uniform."""
+    """A model whose weights are large enough for attention to be far from uniform."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(attn=attn, **{**SHAPE, **HEADS[heads]}))
     for parameter in model.parameters():
@@ -40,7 +42,7 @@ def tiny_model(attn, heads="multi-head", std=0.3):
 
 
 def uniform_model(attn):
-    """No query asks for anything, so every map is uniform; V2's factor is then sigmoid(0), V1's lambda_init."""
+    """A model whose queries are zero, so that every map is uniform. V2's factor is sigmoid(0), V1's lambda_init."""
     model = tiny_model(attn)
     for name, parameter in model.named_parameters():
         if "q_proj" in name or "lambda_" in name:
@@ -74,7 +76,7 @@ def test_maps_times_values_are_the_output_of_the_module(float64, attn, heads, ro
 
 
 @pytest.mark.parametrize("attn", ATTENTION)
-def test_maps_are_probabilities_of_what_came_before(float64, attn):
+def test_maps_are_probabilities_over_earlier_positions(float64, attn):
     model, x = tiny_model(attn, "grouped"), torch.randn(2, 11, 32)
     for rows in (slice(None), torch.tensor([7, 0])):
         for map_ in differential_maps(model.layers[0].attn, x, model.rope(11), rows)[:2]:
@@ -85,16 +87,9 @@ def test_maps_are_probabilities_of_what_came_before(float64, attn):
                     assert (row[..., position + 1 :] == 0).all() and (row[..., : position + 1] > 0).all()
 
 
-def test_maps_are_those_of_model_py(float64):
-    model, x = tiny_model("vanilla", "grouped"), torch.randn(2, 11, 32)
-    q, k, _ = model.layers[0].attn.qkv(x, model.rope(11))
-    ours = differential_maps(model.layers[0].attn, x, model.rope(11), slice(4, 9))[0]
-    torch.testing.assert_close(ours, attention_maps(q, k, 8**-0.5)[:, :, 4:9])
-
-
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_maps_are_float32_under_autocast(attn):
-    """Of q and k in bf16, as the model makes them, but with no rounding after that."""
+    """q and k are bf16, as in the model, but nothing is rounded after them."""
     model, x = tiny_model(attn, "grouped"), torch.randn(2, 11, 32)
     module = model.layers[0].attn
     with torch.autocast("cpu", torch.bfloat16):
@@ -110,8 +105,7 @@ def test_maps_are_float32_under_autocast(attn):
 
 
 @pytest.mark.parametrize("attn", ATTENTION)
-def test_layers_are_those_of_the_model(float64, attn):
-    """Every layer reads what the model gives it, and its values are the module's."""
+def test_every_layer_reads_what_it_reads_in_the_model(float64, attn):
     model, idx, read = tiny_model(attn), torch.randint(256, (1, 9)), []
     for layer in model.layers:
         layer.attn.register_forward_pre_hook(lambda module, args: read.append((module, *args[:2])))
@@ -149,9 +143,9 @@ def test_needles_are_where_the_spans_say(encoding, length):
             assert encoding.decode(text[stop:]).startswith(".")
             whole = whole.replace(f" The magic number of {city} is{number}.", "", 1)
         filler = whole.removesuffix(f" The magic number of {asked} is")
-        assert len(filler) < len(whole) and filler in bytes(TEXT.astype(np.uint8)).decode()  # nothing else is in it
+        assert len(filler) < len(whole) and filler in bytes(TEXT.astype(np.uint8)).decode()  # there is nothing else
         first_needle = encoding.decode(text).index(" The magic")
-        assert first_needle >= answer[1] - answer[0]  # which are cut off to make room for the answer
+        assert first_needle >= answer[1] - answer[0]  # so many tokens are cut off
 
 
 def test_needle_texts_depend_on_the_seed_alone():
@@ -163,8 +157,7 @@ def test_needle_texts_depend_on_the_seed_alone():
     assert len({text[0] for text in spans}) > 1  # the answer is not always at the same place
 
 
-def test_all_needles_are_asked_for():
-    """And the depths of the whole text are used."""
+def test_any_needle_may_be_asked_for_and_be_anywhere():
     _, spans = needle_texts(BYTES, TEXT, 512, 60)
     ranks = [sorted(text).index(text[0]) for text in spans]
     assert set(ranks) == set(range(6))
@@ -192,7 +185,7 @@ def test_numbers_are_compared_at_the_same_length():
         assert len(numbers) == len({tuple(number) for number in numbers}) == count
         assert {len(number) for number in numbers} == {statistics.mode(lengths)}
     assert len(set(lengths)) > 2
-    assert sorted(probes.draw_numbers(rng, encode, 9, 1)) == [[32, 48 + digit] for digit in range(1, 10)]  # no doubles
+    assert sorted(probes.draw_numbers(rng, encode, 9, 1)) == [[32, 48 + digit] for digit in range(1, 10)]  # each once
 
 
 # ------------------------------------------------------------------------------------- measurements
@@ -205,20 +198,8 @@ def test_shares():
 
 
 @pytest.mark.parametrize("attn", ATTENTION)
-def test_shares_add_up_to_one(attn):
-    ids, spans = needle_texts(BYTES, TEXT, 128, 1)
-    kinds = probes.needle_shares(tiny_model(attn), ids[0], spans[0])
-    assert list(kinds) == (["weights"] if attn == "vanilla" else ["weights", "first", "second"])
-    for shares in kinds.values():
-        assert shares.shape == (2, 2 if attn == "v1" else 4, 4)
-        torch.testing.assert_close(shares.sum(-1), torch.ones(shares.shape[:-1]))
-        assert (shares >= 0).all()
-
-
-@pytest.mark.parametrize("attn", ATTENTION)
 def test_uniform_attention(float64, attn):
-    """Every share is the part's number of tokens / all; the first map's norm is 1 / sqrt(n) and the difference's is
-    (1 - factor) times that."""
+    """A part gets its share of the tokens. A map's norm is 1 / sqrt(n), the difference's (1 - factor) times that."""
     found = probe(uniform_model(attn), BYTES, TEXT, 128, texts=3)
     _, spans = needle_texts(BYTES, TEXT, 128, 3)
     width = spans[0][0][1] - spans[0][0][0]
@@ -242,7 +223,7 @@ def test_uniform_attention(float64, attn):
 
 
 def hand_made(monkeypatch, first, second, factor):
-    """One layer with one head, whose maps (R, S) are given, and whose values are all 2."""
+    """Let layer_maps() yield one layer with one head of these maps (R, S), and with values that are all 2."""
     maps = {"weights": first - factor * second, "first": first, "second": second}
     maps = {kind: map_[None, None] for kind, map_ in maps.items()}
     values = torch.full((1, first.size(-1), 1, 4), 2.0)
@@ -261,7 +242,7 @@ def test_shares_of_every_part(monkeypatch):
 
 
 def test_measures_of_a_window(monkeypatch):
-    """Where values are alike, the output is the sum of the weights times them."""
+    """All values are the same, so the output is the sum of the weights times that value."""
     first, second = torch.tensor([[0.6, 0.4, 0.0], [0.6, 0.0, 0.4]]), torch.tensor([[0.0, 1.0, 0.0], [0.2, 0.0, 0.8]])
     hand_made(monkeypatch, first, second, 0.25)
     sink, rms = probes.window_measures(None, torch.arange(3))
@@ -290,7 +271,7 @@ def test_layer_head_and_part_of_a_share():
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_output_rms(float64, attn, heads):
-    """Read off what the kernels put out, for the last query of every head."""
+    """Against the output of the attention kernel, for the last query of every head."""
     model = tiny_model(attn, heads)
     x, rope, module = torch.randn(1, 11, 32), model.rope(11), model.layers[1].attn
     first, second, factor = differential_maps(module, x, rope, slice(-1, None))
@@ -298,7 +279,7 @@ def test_output_rms(float64, attn, heads):
     ours = probes.output_rms(first if second is None else first - factor * second, values)
     seen = []
     module.o_proj.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
-    if attn == "v1":  # what comes before the norm
+    if attn == "v1":  # the output before the norm
         module.subln.register_forward_pre_hook(lambda layer, args: seen.append(args[0].flatten(2)))
     module(x, rope)
     output = seen[0][:, -1].unflatten(-1, (ours.size(1), -1))  # (B, H, Dv)
@@ -317,7 +298,7 @@ def test_output_rms_of_uncorrelated_values_is_the_norm():
 
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_scores_of_numbers(float64, attn):
-    """Against a plain forward pass, one number at a time; the context is full."""
+    """Against a plain forward pass for each number, with a full context."""
     model = tiny_model(attn)
     ids, spans = needle_texts(BYTES, TEXT, 128, 1)
     scores = probes.number_scores(model, ids[0], spans[0])
@@ -372,7 +353,7 @@ def test_probe_under_autocast(attn, monkeypatch):
     """As on a GPU, where the model computes in bf16."""
     model = tiny_model(attn, std=0.1)
     exact = probe(model, BYTES, TEXT, 128, texts=2)
-    monkeypatch.setattr(probes.train, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(probes, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     found = probe(model, BYTES, TEXT, 128, texts=2)
     assert found != exact
     for kind in found["sink"]:
@@ -383,10 +364,10 @@ def test_probe_under_autocast(attn, monkeypatch):
     assert found["retrieval"]["right"] == pytest.approx(exact["retrieval"]["right"], abs=0.1)
 
 
-def test_a_frozen_model_can_be_probed(float64):
+def test_a_model_prepared_for_inference_can_be_probed(float64):
     model = tiny_model("v2", "grouped")
     before = probe(model, BYTES, TEXT, 128, texts=1)
-    after = probe(model.freeze(), BYTES, TEXT, 128, texts=1)
+    after = probe(prepare_for_inference(model), BYTES, TEXT, 128, texts=1)
     assert after["needle"]["weights"]["answer"] == pytest.approx(before["needle"]["weights"]["answer"])
 
 

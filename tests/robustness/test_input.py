@@ -1,13 +1,13 @@
 """Wrong input to every script: one line on stderr that says what is wrong, exit code 2, and no traceback."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -15,29 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import dpo
-import parallel
-import sample
-import sft
-import train
-from bench import attention as bench_attention
-from bench import decode as bench_decode
-from bench import finetune as bench_finetune
-from bench import pretrain as bench_pretrain
-from bench import runs as bench_runs
-from bench import table2 as bench_table2
-from data import run_script
-from data.orca_dpo_pairs import prepare as orca_dpo_pairs
-from data.slimorca import prepare as slimorca
-from data.tiny import prepare as tiny
-from data.wikitext2 import prepare as wikitext2
+from engine import files, parallel
+from engine.checkpoint import FORMAT
+from engine.settings import run_script
 
-MODULES = dict(
-    train=train, sft=sft, dpo=dpo, sample=sample,
-    wikitext2=wikitext2, slimorca=slimorca, orca_dpo_pairs=orca_dpo_pairs, tiny=tiny,
-    attention=bench_attention, decode=bench_decode, finetune=bench_finetune, pretrain=bench_pretrain,
-    runs=bench_runs, table2=bench_table2,
-)  # fmt: skip
+MODULES = {name: name for name in ("train", "sft", "dpo", "sample")}
+MODULES |= {name: f"data.{name}.prepare" for name in ("wikitext2", "slimorca", "orca_dpo_pairs", "tiny", "fineweb_edu")}
+MODULES |= {name: f"bench.{name}" for name in ("attention", "decode", "finetune", "pretrain", "runs", "table2")}
+MODULES |= {"checkpoint": "engine.checkpoint"}
 
 # What every command begins with; flags that come later win. The folder `home` has what they name.
 SHAPE = "--block_size 96 --n_layer 1 --n_embd 16 --n_head 2 --head_dim 8 --n_inner 16"
@@ -121,7 +106,7 @@ def not_finite(path):
     return setup
 
 
-def moment(change):
+def momentum(change):
     """A function that changes the first matrix's momentum in a checkpoint to resume from."""
 
     def setup():
@@ -145,29 +130,10 @@ def locked(folder):
 
     def setup():
         lock = contextlib.ExitStack()
-        lock.enter_context(train.locked(Path(folder)))
+        lock.enter_context(files.locked(Path(folder)))
         return lock
 
     return setup
-
-
-def wrong_numbers():
-    """For every numeric flag: what is no number, too small, too large, not finite."""
-    for name in ("train", "sft", "dpo", "sample"):
-        for f in fields(MODULES[name].Settings):
-            least, most = f.metadata.get("least"), f.metadata.get("most")
-            if f.type is int:
-                wrong, values = ["ten", "1.5", "nan", ""], [least - 1, most + 1]
-            elif f.type is float:
-                wrong, values = ["ten", ""], [least - 1, "nan", "inf", "-inf"] + [most + 1] * (most < 2**63 - 1)
-            else:
-                continue
-            for value in wrong:
-                message = f"argument --{f.name}: invalid {f.type.__name__} value: '{value}'; --help lists the flags"
-                yield f"{name} {f.name} {value}", None, f"{name} --{f.name}={value}", message
-            for value in values:
-                message = rf"--{f.name} \S+ is out of range; the least is {least}"
-                yield f"{name} {f.name} {value}", None, f"{name} --{f.name}={value}", message
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -213,7 +179,7 @@ FLAGS = [
         "another attention to pretrain",
         None,
         "train --attn v1 --init_from out/pretrain/best.pt",
-        "the model in out/pretrain/best.pt has the attention v2, not v1",
+        "the checkpoint's model has attn v2, but the settings say v1",
     ),
     (
         "batch larger than the data",
@@ -252,10 +218,10 @@ RUNS = [
      "train --resume --max_steps 9", "out/pretrain/ckpt.pt is no checkpoint to resume from"),
     ("resume with moments in words", checkpoint("out/sft/ckpt.pt", optimizer="fast"),
      "sft --resume --max_steps 9", "out/sft/ckpt.pt is no checkpoint to resume from"),
-    ("resume with moments of another shape", moment(lambda m: m[:2]), "train --resume --max_steps 9",
+    ("resume with moments of another shape", momentum(lambda m: m[:2]), "train --resume --max_steps 9",
      "out/pretrain/ckpt.pt is no checkpoint to resume from"),
-    ("resume with moments of one number", moment(lambda m: m.new_zeros(1).expand(m.shape)),
-     "train --resume --max_steps 9", "out/pretrain/ckpt.pt is no checkpoint to resume from"),
+    ("resume with a moment in words", momentum(lambda m: "fast"), "train --resume --max_steps 9",
+     "out/pretrain/ckpt.pt is no checkpoint to resume from"),
     ("resume without moments", checkpoint("out/pretrain/ckpt.pt", "optimizer", state={}),
      "train --resume --max_steps 9", "out/pretrain/ckpt.pt is no checkpoint to resume from"),
     ("resume before the first step", checkpoint("out/pretrain/ckpt.pt", step=-3), "train --resume --max_steps 9",
@@ -303,7 +269,7 @@ CHECKPOINTS = [
      "bad.pt is damaged, or not a"),
     ("weights alone", lambda: torch.save({"model": {}}, "bad.pt"), "dpo --init_from bad.pt",
      "bad.pt is no checkpoint of this project: it lacks config, settings, data, step, stage"),
-    ("checkpoint of a newer version", checkpoint("out/sft/best.pt", format=train.FORMAT + 1), "sample",
+    ("checkpoint of a newer version", checkpoint("out/sft/best.pt", format=FORMAT + 1), "sample",
      "out/sft/best.pt was written by a newer version"),
     ("checkpoint of a version in words", checkpoint("out/sft/best.pt", format="new"), "sample", "written by a newer"),
     ("step in words", checkpoint("out/pretrain/ckpt.pt", step="ten"), "train --resume", "it lacks step"),
@@ -471,7 +437,7 @@ BENCHMARKS = [
     ("unknown run", None, "runs nosuch", "there is no run called nosuch; --list lists them"),
 ]  # fmt: skip
 
-CASES = [*FLAGS, *RUNS, *CHECKPOINTS, *SAMPLING, *DATA_SETS, *SOURCES, *BENCHMARKS, *wrong_numbers()]
+CASES = [*FLAGS, *RUNS, *CHECKPOINTS, *SAMPLING, *DATA_SETS, *SOURCES, *BENCHMARKS]
 CASES += [
     (f"JSONL: {name}", write("my.jsonl", content), f"{stage} --dataset ./new --source my.jsonl",
      f"my.jsonl has too few usable examples, {usable}; the least is 2 .*{why}")
@@ -479,22 +445,22 @@ CASES += [
 ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------- the test
+# ------------------------------------------------------------------------------------- the tests
 
 
 def call(command):
-    """Runs a script as `python train.py ...` does, but in this process."""
+    """Run a script as `python train.py ...` does, but in this process."""
     name, *flags = shlex.split(command)
     sys.argv = [f"{name}.py", *FIRST.get(name, "").split(), *flags]
-    run_script(MODULES[name].main)
+    run_script(importlib.import_module(MODULES[name]).main)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def user(tmp_path_factory, no_pool):
     """The folder of a user who has run train.py and sft.py, with data of their own for all stages in `mine`."""
-    home = tmp_path_factory.mktemp("home")
+    user = tmp_path_factory.mktemp("user")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
+        patch.chdir(user)
         patch.setattr("sys.argv", [])
         Path("my.txt").write_text("some lines of text\n" * 100)
         Path("talks.jsonl").write_text("".join(TALK % n for n in range(40)))
@@ -502,32 +468,60 @@ def home(tmp_path_factory):
         call("train --source my.txt --tokenizer bytes")
         call("sft --source talks.jsonl")
         call("orca_dpo_pairs --source pairs.jsonl --out_dir mine --block_size 96")
-    return home
+    return user
 
 
-@pytest.mark.parametrize("setup, command, message", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_wrong_input(home, tmp_path, monkeypatch, capsys, setup, command, message):
-    folder = shutil.copytree(home, tmp_path / "home")
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", [])
-    monkeypatch.setattr("sys.stdin", io.StringIO())
-    kept = setup and setup()
+def refusal(command, capsys):
+    """The one line with which a command is refused."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         call(command)
     lines = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert re.search(message, lines[0]), lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("setup, command, message", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_wrong_input(user, tmp_path, monkeypatch, capsys, setup, command, message):
+    monkeypatch.chdir(shutil.copytree(user, tmp_path / "user"))
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    kept = setup and setup()
+    line = refusal(command, capsys)
+    assert re.search(message, line), line
     assert not Path("harm").exists()
     del kept
 
 
-@pytest.mark.parametrize("script", ["sample", "decode", "finetune", "runs", "parts"])
+@pytest.mark.parametrize("name", ["train", "sft", "dpo", "sample"])
+def test_wrong_numbers(name, tmp_path, monkeypatch, capsys):
+    """For every numeric flag: what is no number, too small, too large, not finite."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [])
+    for f in fields(importlib.import_module(name).Settings):
+        minimum, maximum = f.metadata["minimum"], f.metadata["maximum"]
+        if f.type is int:
+            no_numbers, out_of_range = ["ten", "1.5", "nan", ""], [minimum - 1, maximum + 1]
+        elif f.type is float:
+            no_numbers, out_of_range = ["ten", ""], [minimum - 1, "nan", "inf", "-inf"]
+            out_of_range += [maximum + 1] * (maximum < 2**63 - 1)
+        else:
+            continue
+        for value in no_numbers:
+            line = refusal(f"{name} --{f.name}='{value}'", capsys)
+            wrong = f"argument --{f.name}: invalid {f.type.__name__} value: '{value}'"
+            assert line == f"error: {wrong}; --help lists the flags"
+        for value in out_of_range:
+            line = refusal(f"{name} --{f.name}={value}", capsys)
+            assert re.search(rf"--{f.name} \S+ is out of range; the least is {minimum}", line), line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["sample", "decode", "finetune", "runs", "checkpoint"])
 def test_several_processes_of_a_script_for_one(script, monkeypatch, capsys):
-    monkeypatch.setattr("parallel.PROCESSES", 2)
-    monkeypatch.setattr("sys.argv", [script, "--help"])  # a script that goes on ends there
-    with pytest.raises(SystemExit) as exit:
-        run_script({**MODULES, "parts": parallel}[script].main)
-    assert exit.value.code == 2 and "this runs as one process, without torchrun" in capsys.readouterr().err
+    monkeypatch.setattr(parallel, "WORLD_SIZE", 2)
+    monkeypatch.setattr("sys.argv", [])
+    assert "this runs as one process, without torchrun" in refusal(f"{script} --help", capsys)  # or the help is printed
 
 
 @pytest.mark.parametrize(
@@ -549,17 +543,17 @@ def test_no_compiler(words, advice, capsys):
 
 
 def test_several_processes_may_be_measured(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("parallel.PROCESSES", 2)
-    monkeypatch.setattr("parallel.started", contextlib.nullcontext)
-    monkeypatch.setattr("sys.argv", shlex.split(f"pretrain --tokens 64 --length 64 --device cpu --out {tmp_path}"))
-    with pytest.raises(SystemExit):
-        run_script(bench_pretrain.main)
-    assert "--tokens 64 is not a multiple of --length 64 times 2 processes" in capsys.readouterr().err
+    monkeypatch.setattr(parallel, "WORLD_SIZE", 2)
+    monkeypatch.setattr(parallel, "process_group", contextlib.nullcontext)
+    monkeypatch.setattr("sys.argv", [])
+    line = refusal(f"pretrain --tokens 64 --length 64 --device cpu --out {tmp_path}", capsys)
+    assert "--tokens 64 is not a multiple of --length 64 times 2 processes" in line
 
 
-def test_pictures_without_matplotlib():
-    code = "import sys; sys.modules['matplotlib'] = None; import bench.figures"
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "error: the pictures need matplotlib: pip install -r requirements-dev.txt\n"
+def test_pictures_without_matplotlib(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "bench.figures", raising=False)
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module("bench.figures")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: the pictures need matplotlib: pip install -r requirements-dev.txt\n"

@@ -1,9 +1,9 @@
-"""bench/runs.py and bench/figures.py: the runs behind the report's figures, and what is read from their logs."""
+"""bench/runs.py, bench/figures.py and bench/table2.py: the report's runs, what is read from their logs, and Table 2."""
 
+import csv
 import types
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +13,20 @@ import torch.nn.functional as F
 import bench
 import train
 from bench import figures, runs, table2
-from data import UserError
-from data.dataset import write_dataset
+from data.write import write_dataset
+from engine import log, parallel
+from engine.checkpoint import NEWEST, PREVIOUS, Checkpointer, load_checkpoint, run_folder
+from engine.settings import UserError
 from model import GPT
 
 SHAPE = dict(preset="tiny", block_size=32, n_layer=2, n_embd=32, n_head=2, head_dim=16, n_inner=48, device="cpu")
 FEW = dict(batch_size=2, micro_batch_size=1, max_steps=6, warmup_steps=2, eval_interval=2, eval_windows=2)
+FEW |= dict(save_interval=3, log_interval=1)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture
@@ -26,17 +34,18 @@ def plan(tmp_path):
     text = "".join(map(chr, np.random.default_rng(1).integers(97, 123, size=4000)))
     write_dataset(tmp_path / "text", {"train": [text], "val": [text[:1000]]}, "bytes", "a test")
 
-    def make(kind=runs.Recorded, attn="v2", **settings):
-        own = dict(attn=attn, dataset=f"{tmp_path}/text", save_interval=3, log_interval=1, out_dir=f"{tmp_path}/run")
-        return runs.Planned(kind, train.Settings(**{**SHAPE, **FEW, **own, **settings}))
+    def make(bare=False, keep_best=False, **settings):
+        paths = dict(dataset=f"{tmp_path}/text", out_dir=f"{tmp_path}/run")
+        settings = train.Settings(**{**SHAPE, **FEW, **paths, **settings})
+        return runs.PlannedRun(train.Pretraining, settings, bare=bare, keep_best=keep_best)
 
     return make
 
 
-def make(plan, folder, log):
-    """As make_missing does, but whether or not there is a log."""
-    with train.locked(folder):
-        runs.make(plan, folder, log, "cpu")
+def train_run(plan, folder, log):
+    """Train a run, whether or not it has a log."""
+    with run_folder(folder):
+        runs.train_run(plan, folder, log, "cpu")
 
 
 def test_the_runs_are_those_of_the_report():
@@ -50,46 +59,48 @@ def test_the_runs_are_those_of_the_report():
         if name.startswith("corpus/"):
             assert (tokens, s.max_steps, s.dataset) == (65536, 1500, "docs")
         assert s.attn == ("v2" if name.startswith("tuning/") else name.split("/")[1].split("-")[0])
-        assert plan.kind is runs.WithoutMethods if "bare" in name else plan.kind is not runs.WithoutMethods
+        assert plan.bare == ("bare" in name)
     naive = {name for name, plan in planned.items() if plan.settings.attn_impl == "naive"}
     assert naive == {f"curves/vanilla-bare-{seed}" for seed in (1, 2, 3)}
     assert planned["tuning/sft"].settings.max_steps == 1000 and planned["tuning/dpo"].settings.max_steps == 625
     for stage, before in (("sft", "corpus/v2-2"), ("dpo", "tuning/sft")):
         plan = planned[f"tuning/{stage}"]
-        assert plan.after == before and planned[before].keep
+        assert plan.after == before and planned[before].keep_best
         assert plan.settings.init_from == f"out/runs/{before}/best.pt"
 
 
-def test_a_run_without_the_methods(plan):
-    run = runs.WithoutMethods(plan(**{**runs.BARE, "learning_rate": 1e-3}).settings)
-    assert run.model.config.vocab_size == 257
-    assert [run.learning_rate(step) for step in (1, 6)] == [1e-3, 1e-3]
+def test_a_run_without_the_methods(plan, tmp_path):
+    bare, usual = plan(**{**runs.BARE, "learning_rate": 1e-3}), plan(learning_rate=1e-3)
+    for name, a_plan in (("bare", bare), ("usual", usual)):
+        train_run(a_plan, tmp_path / name, tmp_path / f"{name}.csv")
+    rates = [[row["lr"] for row in read_csv(tmp_path / name / "log.csv")] for name in ("bare", "usual")]
+    assert rates[0] == ["0.001"] * 6 and rates[1][:2] == ["0.0005", "0.001"] and float(rates[1][-1]) < 0.0002
+    sizes = [load_checkpoint(tmp_path / name / NEWEST)["config"]["vocab_size"] for name in ("bare", "usual")]
+    assert sizes == [257, 320]
+    task, optimizer = runs.make_task(bare, bare.settings, None)
     defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
-    assert {key: run.optimizer.param_groups[0][key] for key in ("betas", "weight_decay", "eps")} == {
-        key: defaults[key] for key in ("betas", "weight_decay", "eps")
-    }
-    inputs, targets = run.make_batch(1)[1][0]
-    expected = F.cross_entropy(run.model(inputs)[0].flatten(0, 1), targets.flatten()) / 2  # one of two micro-batches
-    torch.testing.assert_close(run.loss_of(inputs, targets)["loss"], expected)
-    usual = train.Pretraining(plan().settings)
-    assert usual.model.config.vocab_size == 320 and usual.learning_rate(1) < usual.learning_rate(2)
+    for name in ("betas", "weight_decay", "eps"):
+        assert [group[name] for group in optimizer.param_groups] == [defaults[name]]
+    inputs, targets = task.get_batch(1)[1][0]
+    expected = F.cross_entropy(task.model(inputs)[0].flatten(0, 1), targets.flatten()) / 2  # one of two micro-batches
+    assert task.loss(inputs, targets)["loss"].item() == expected.item()
 
 
-@pytest.mark.parametrize("kind", [runs.Recorded, runs.WithoutMethods])
-def test_an_interrupted_run_has_the_same_log(plan, kind, tmp_path, monkeypatch):
-    plan = partial(plan, kind, weight_decay=0.01)
-    make(plan(), tmp_path / "whole", tmp_path / "whole.csv")
-    save = train.Run.save
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_interrupted_run_has_the_same_log(plan, bare, tmp_path, monkeypatch):
+    plan = partial(plan, bare, weight_decay=0.01)
+    train_run(plan(), tmp_path / "whole", tmp_path / "whole.csv")
+    save = Checkpointer.save
 
-    def save_and_stop(run, step):
-        save(run, step)
+    def save_and_stop(checkpointer, step):
+        save(checkpointer, step)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train.Run, "save", save_and_stop)
-        make(plan(), tmp_path / "part", tmp_path / "part.csv")
+        patched.setattr(Checkpointer, "save", save_and_stop)
+        train_run(plan(), tmp_path / "part", tmp_path / "part.csv")
     assert not (tmp_path / "part.csv").exists()
-    make(plan(), tmp_path / "part", tmp_path / "part.csv")
+    train_run(plan(), tmp_path / "part", tmp_path / "part.csv")
     assert (tmp_path / "part.csv").read_text() == (tmp_path / "whole.csv").read_text()
     log = figures.read_log(tmp_path, "whole")
     assert log["step"].tolist() == [1, 2, 3, 4, 5, 6]
@@ -98,78 +109,66 @@ def test_an_interrupted_run_has_the_same_log(plan, kind, tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_is_a_result_and_other_errors_are_not(plan, tmp_path, monkeypatch):
-    loss_of, count = train.Pretraining.loss_of, []
+    loss, calls = train.Pretraining.loss, []
 
-    def diverging(run, *batch):
-        count.append(1)
-        return {"loss": loss_of(run, *batch)["loss"] * (float("nan") if len(count) > 6 else 1)}
+    def diverging(task, *tensors):
+        calls.append(1)
+        return {"loss": loss(task, *tensors)["loss"] * (float("nan") if len(calls) > 6 else 1)}
 
-    monkeypatch.setattr(train.Pretraining, "loss_of", diverging)
-    monkeypatch.setattr(train, "MOST_SKIPPED", 2)
-    make(plan(), tmp_path / "run", tmp_path / "run.csv")
-    log = figures.read_log(tmp_path, "run")
-    assert np.isnan(log["loss"]).tolist() == [False, False, False, True, True]
+    monkeypatch.setattr(train.Pretraining, "loss", diverging)
+    monkeypatch.setattr(log, "MAX_SKIPPED", 2)
+    train_run(plan(), tmp_path / "run", tmp_path / "run.csv")
+    assert np.isnan(figures.read_log(tmp_path, "run")["loss"]).tolist() == [False, False, False, True, True]
     with pytest.raises(UserError, match="no data set"):
-        make(plan(dataset=f"{tmp_path}/none"), tmp_path / "run", tmp_path / "other.csv")
+        train_run(plan(dataset=f"{tmp_path}/none"), tmp_path / "run", tmp_path / "other.csv")
 
 
-def test_only_missing_runs_are_made_and_nothing_is_left_of_them(plan, tmp_path, monkeypatch):
-    """And none while another process has its folder."""
-    made = []
+def test_only_missing_runs_are_trained_and_their_folders_removed(plan, tmp_path, monkeypatch):
+    trained = []
 
     def fake(plan, folder, log, device):
-        with pytest.raises(UserError, match="another run is writing to"), train.locked(folder):
+        with pytest.raises(UserError, match="another run is writing to"), run_folder(folder):
             pass
-        made.append((folder.name, log.name))
+        trained.append((folder.name, log.name))
 
-    monkeypatch.setattr(runs, "make", fake)
+    monkeypatch.setattr(runs, "train_run", fake)
     (tmp_path / "curves-a.csv").write_text("")
     for name in ("a", "b", "c"):
         (tmp_path / "curves" / name).mkdir(parents=True)
-        for file in (train.NEWEST, train.PREVIOUS, "best.pt"):
+        for file in (NEWEST, PREVIOUS, "best.pt"):
             (tmp_path / "curves" / name / file).write_text("")
     arguments = types.SimpleNamespace(logs=tmp_path, out=tmp_path, device="cpu")
-    with train.locked(tmp_path / "curves" / "a"):
-        runs.make_missing({"curves/a": plan()}, arguments)
+    with run_folder(tmp_path / "curves" / "a"):  # as if another process were training it
+        runs.train_missing({"curves/a": plan()}, arguments)
     assert (tmp_path / "curves" / "a" / "best.pt").exists()
-    kept = replace(plan(), keep=True)
-    runs.make_missing({"curves/a": plan(), "curves/b": plan(), "curves/c": kept}, arguments)
-    assert made == [("b", "curves-b.csv"), ("c", "curves-c.csv")]
-    assert {path.name for path in (tmp_path / "curves").rglob("*")} == {"c", "lock", "best.pt"}
+    runs.train_missing({"curves/a": plan(), "curves/b": plan(), "curves/c": plan(keep_best=True)}, arguments)
+    assert trained == [("b", "curves-b.csv"), ("c", "curves-c.csv")]
+    assert {path.name for path in (tmp_path / "curves").rglob("*")} - {"lock"} == {"c", "best.pt"}
     with pytest.raises(UserError, match="x begins with the model of curves/b, which is not done"):
-        runs.make_missing({"x": replace(plan(), after="curves/b")}, arguments)
+        runs.train_missing({"x": replace(plan(), after="curves/b")}, arguments)
 
 
-def test_a_log_that_is_cut_off_does_not_count(plan, tmp_path, monkeypatch):
-    """Nor does half a line of lambdas, which an interruption may leave, keep a run from its end."""
-    folder, log = tmp_path / "run", tmp_path / "run.csv"
-    folder.mkdir()
-    (folder / "lambdas.csv").write_text("2,0.5 0.5\n4")
-    (folder / "log.csv").write_text("step,loss,grad_norm,val_loss\n1,1.0,1.0,\n2,1.0,1.0,3.0\n")
-
-    def interrupted(text):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(runs, "_short", interrupted)
-        runs.keep_log(folder, log)
-    assert not log.exists()
-    runs.keep_log(folder, log)
-    assert log.read_text() == "step,loss,grad_norm,val_loss,lambdas\n1,1,1,,\n2,1,1,3,0.5 0.5\n"
+def test_half_a_line_of_lambdas_is_left_out(tmp_path):
+    """An interruption may leave one."""
+    (tmp_path / "lambdas.csv").write_text("2,0.5 0.5\n4")
+    (tmp_path / "log.csv").write_text("step,loss,grad_norm,val_loss\n1,1.0,1.0,\n2,1.0,1.0,3.0\n")
+    runs.keep_log(tmp_path, tmp_path / "run.csv")
+    assert (tmp_path / "run.csv").read_text() == "step,loss,grad_norm,val_loss,lambdas\n1,1,1,,\n2,1,1,3,0.5 0.5\n"
 
 
-def test_the_best_model_is_kept_where_it_is_wanted(plan, tmp_path):
-    for keep in (False, True):
-        make(replace(plan(), keep=keep), tmp_path / str(keep), tmp_path / "run.csv")
-        assert (tmp_path / str(keep) / "best.pt").exists() == keep
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_the_best_model_is_kept_where_another_run_starts_from_it(plan, tmp_path, keep_best):
+    train_run(plan(keep_best=keep_best), tmp_path / "run", tmp_path / "run.csv")
+    assert (tmp_path / "run" / "best.pt").exists() == keep_best
 
 
-def test_shrunk_runs_keep_what_they_are_about():
-    for name, plan in runs.planned_runs("docs", "out").items():
-        small = runs.shrunk(plan)
-        assert small.kind is plan.kind and small.settings.attn == plan.settings.attn and small.settings.max_steps == 4
-        assert replace(small.settings, init_from="").dataset == "tiny", name
-        assert small.settings.learning_rate == plan.settings.learning_rate
+def test_small_runs_are_about_the_same_thing():
+    for plan in runs.planned_runs("docs", "out").values():
+        small = runs.shrink(plan)
+        assert (small.task_class, small.bare, small.after) == (plan.task_class, plan.bare, plan.after)
+        assert (small.settings.dataset, small.settings.max_steps) == ("tiny", 4)
+        for name in ("attn", "attn_impl", "compile", "learning_rate"):
+            assert getattr(small.settings, name) == getattr(plan.settings, name)
 
 
 def test_spikes_are_found_against_the_median_before():
@@ -178,16 +177,16 @@ def test_spikes_are_found_against_the_median_before():
     norms[[120, 250]] = 10.5
     norms[200] = 9.9
     assert figures.spikes(norms) == [120, 250]
-    risen = np.concatenate((np.ones(10), np.full(200, 20.0)))  # a new level is a spike until half the memory is on it
+    risen = np.concatenate((np.ones(10), np.full(200, 20.0)))  # a higher level is a spike until it is the median
     assert figures.spikes(risen) == list(range(10, 20))
     assert figures.spikes(np.array([1.0, 1.0, np.nan, 1.0, 11.0])) == [4]
 
 
-def test_smoothing_and_spread():
+def test_smoothing_and_deviation():
     assert figures.smooth(np.arange(100.0)) == pytest.approx(np.arange(81) + 9.5)
     assert figures.smooth(np.array([1.0, 2.0])).tolist() == [1.0, 2.0]
-    assert figures.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and figures.spread([0.5], 1) == "0.5"
-    assert figures.spread([1.0, np.float64("nan")]) == "diverged"
+    assert figures.mean_std([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and figures.mean_std([0.5], 1) == "0.5"
+    assert figures.mean_std([1.0, np.float64("nan")]) == "diverged"
 
 
 def log_of(loss, grad_norm=None, val_loss=None):
@@ -242,20 +241,16 @@ def test_stability_of_a_run():
     assert figures.stability_row(log_of([1] * 6, val_loss=[np.nan] * 6), settings)["diverged"] == "step 6"
 
 
-def test_pictures_and_tables_of_all_runs(tmp_path, monkeypatch, capsys):
-    """From kept logs alone: no run is made again."""
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    planned = {name: runs.shrunk(plan) for name, plan in runs.planned_runs("docs", "out").items()}
-    for name, plan in planned.items():
-        columns = [c for c in runs.KEPT if name == "tuning/dpo" or "accuracy" not in c and "margin" not in c]
+def test_pictures_and_tables_of_all_runs(tmp_path, capsys):
+    """Kept logs are enough for them."""
+    planned = {name: runs.shrink(plan) for name, plan in runs.planned_runs("docs", "out").items()}
+    for name in planned:
+        columns = [c for c in runs.COLUMNS if name == "tuning/dpo" or "accuracy" not in c and "margin" not in c]
         lines = [",".join([*columns, "lambdas"])]
         lines += [",".join([str(step), *["0.5"] * (len(columns) - 1), "0.2 0.3"]) for step in range(1, 5)]
         runs.log_path(tmp_path, name).write_text("\n".join(lines) + "\n")
-        assert plan.settings.max_steps == 4
-    for draw in (figures.curves, figures.tuning, figures.stability, figures.lambdas):
+    for draw in (figures.curves, figures.tuning, figures.stability, figures.lambdas, figures.wikitext2, figures.corpus):
         draw(tmp_path, planned, tmp_path)
-    for tell in (figures.wikitext2, figures.corpus):
-        tell(tmp_path, planned, tmp_path)
     text = capsys.readouterr().out
     assert "| v1 | 3 | 0.500 ± 0.000 | 1.65 ± 0.00 | 0.000 ± 0.000 |" in text
     assert "| 0.002 | v2 | 0 | 0 | 0.50 | 0.50 | 0.500 | 0.500 | no |" in text
@@ -263,7 +258,7 @@ def test_pictures_and_tables_of_all_runs(tmp_path, monkeypatch, capsys):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
-def test_a_log_that_is_none(tmp_path):
+def test_a_file_that_is_no_log(tmp_path):
     (tmp_path / "run.csv").write_text("step,loss\n1,2\n")
     with pytest.raises(UserError, match="run.csv is no log of bench.runs"):
         figures.read_log(tmp_path, "run")
@@ -274,7 +269,7 @@ def test_a_log_that_is_none(tmp_path):
 
 @pytest.mark.parametrize("without", [*table2.INGREDIENTS, None])
 def test_every_ingredient_is_what_it_says(without, monkeypatch):
-    """All but one: the shape of the model, its kernel, its loss and the compiler."""
+    """With all but one: the vocabulary, the attention kernel, the loss and the compiler."""
     seen = {"plain loss": 0, "compiled": 0}
 
     def build(config):
@@ -290,8 +285,8 @@ def test_every_ingredient_is_what_it_says(without, monkeypatch):
 
     monkeypatch.setattr(bench, "GPT", build)
     monkeypatch.setattr(table2, "plain_loss", counted("plain loss", table2.plain_loss))
-    monkeypatch.setattr(train, "wants_compile", lambda mode, device: mode == "auto")
-    monkeypatch.setattr(train, "compile_model", counted("compiled", lambda model: model))
+    monkeypatch.setattr(bench, "wants_compile", lambda mode, device: mode == "auto")
+    monkeypatch.setattr(parallel, "compile_model", counted("compiled", lambda model: model))
     arguments = types.SimpleNamespace(length=16, tokens=32, smoke=True)
     ingredients = [name for name in table2.INGREDIENTS if name != without]
     table2.step_with("v1", ingredients, arguments, torch.device("cpu"))()

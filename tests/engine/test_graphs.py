@@ -1,0 +1,92 @@
+"""Compiled models, and CUDA graphs: the same losses and gradients."""
+
+from functools import partial
+
+import pytest
+import torch
+from small import STAGES, log_of, tiny_model, tune, weights_of, write_tuning_data
+
+import sft
+from engine.graphs import bf16_copy, compile_layers, compile_model
+from lora import apply_lora, disable_lora, lora_state_dict
+from model import ATTENTION
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def no_programs():
+    """Those of other tests count towards a limit."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("attn", ATTENTION)
+def test_a_compiled_model_has_the_same_loss_and_gradients(attn, monkeypatch):
+    """Without code generation, for which not every machine has a compiler; whole, so that a graph break is an error."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    model, idx, gradients = tiny_model(attn, n_layer=1), torch.randint(64, (2, 16)), []
+    for module in (model, compile_model(model)):
+        module(idx, idx)[1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapted_model_compiles_into_one_graph():
+    model, idx = apply_lora(tiny_model("v2", n_layer=1), rank=4, alpha=8), torch.arange(24).view(2, 12)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(idx)[0], model(idx)[0])
+    with disable_lora(model):
+        torch.testing.assert_close(compiled(idx)[0], tiny_model("v2", n_layer=1)(idx)[0])
+
+
+@pytest.mark.parametrize("attn", ["v1", "v2"])
+def test_layers_compile_without_graph_breaks_once_for_all_shapes(attn, monkeypatch):
+    model = apply_lora(tiny_model(attn, n_layer=2, block_size=96), 4, 8, dropout=0.5)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compile = torch.compile
+    for_test = dict(fullgraph=True, backend=backend)
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile(f, dynamic=dynamic, **for_test))
+    compile_layers(model)
+    for B, T in ((2, 20), (3, 30), (4, 50), (5, 64)):
+        idx, positions = torch.zeros(B, T, dtype=torch.long), torch.arange(T)
+        (-sft.token_logps(model, idx, positions, positions % 64).sum()).backward()
+    assert 1 <= len(graphs) <= 2  # the first layer, whose input has no gradient, and all the others
+
+
+def test_copy_with_frozen_matrices_in_bf16():
+    model = apply_lora(tiny_model("v1"), rank=4, alpha=8)
+    copied = bf16_copy(model, torch.device("cpu"))
+    for (name, ours), theirs in zip(model.named_parameters(), copied.parameters(), strict=True):
+        half = ours.ndim == 2 and ".lora_" not in name
+        assert theirs.dtype == (torch.bfloat16 if half else torch.float32), name
+        assert ours is not theirs and ours.requires_grad == theirs.requires_grad and ours.dtype == torch.float32
+        assert torch.equal(theirs, ours.to(theirs.dtype))
+
+
+@needs_gpu
+@pytest.mark.parametrize("stage", STAGES)
+def test_gpu_graphs_do_what_plain_steps_do(stage, tmp_path):
+    """Batches of several shapes, in micro-batches, in an epoch and the next."""
+    home, flags = write_tuning_data(tmp_path), ["--device", "cuda", "--micro_batch_size", 2, "--max_steps", 20]
+    plain, graphs = (tune(stage, home, tmp_path / mode, *flags, "--compile", mode) for mode in ("off", "on"))
+    logs = [log_of(run.folder, "loss", "grad_norm") for run in (graphs, plain)]
+    for ours, expected in zip(*logs, strict=True):
+        assert [float(x) for x in ours] == pytest.approx([float(x) for x in expected], rel=3e-2)
+    assert graphs.task.graphed and not plain.task.graphed
+    ours, expected = (
+        torch.cat([t.flatten() for t in lora_state_dict(run.task.model).values()]) for run in (graphs, plain)
+    )
+    assert (ours - expected).norm() < 0.05 * expected.norm()
+    for name in ("ckpt.pt", "best.pt"):
+        assert {t.dtype for t in weights_of(graphs.folder, name).values()} == {torch.float32}
