@@ -9,6 +9,7 @@ Read sft.py first: DPO is the same tuning, on pairs of answers and with another 
 
 from dataclasses import dataclass
 
+from engine.settings import flag, parse_flags, run_script  # before torch, for Ctrl-C; isort: skip
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +18,6 @@ from engine import parallel
 from engine.checkpoint import Checkpointer, run_folder
 from engine.device import oom_advice
 from engine.log import Log, describe, summarize
-from engine.settings import flag, parse_flags, run_script
 from lora import disable_lora
 from train import fit, make_optimizer
 
@@ -52,9 +52,9 @@ class Settings(sft.TuningSettings):
 
     dataset: str = flag("orca_dpo_pairs", "folder in data/, or a path with a slash")
     out_dir: str = flag("out/dpo", "where checkpoints and log.csv go")
-    init_from: str = flag("out/sft/best.pt", "checkpoint of the model to tune, which is also the reference")
+    init_from: str = flag("out/sft/best.pt", "checkpoint of the model to tune, also the reference", fixed=True)
     max_steps: int = flag(625, "optimizer steps", minimum=1)
-    batch_size: int = flag(16, "pairs a step", minimum=1)
+    batch_size: int = flag(16, "pairs a step", minimum=1, fixed=True)
     micro_batch_size: int = flag(16, "pairs in memory at once; gradients of several add up", minimum=1)
     learning_rate: float = flag(5e-6, "peak", minimum=0)
     beta: float = flag(0.1, "how strongly the model is held to the reference", minimum=0, fixed=True)
@@ -105,13 +105,12 @@ class DPO(sft.SFT):
 
 def main():
     given = parse_flags(Settings, __doc__, tiny=PRESETS["tiny"])
-    out_dir, resume = given.get("out_dir", Settings.out_dir), given.get("resume", False)
-    with parallel.process_group(), run_folder(out_dir, must_exist=resume):
-        settings, checkpoint = sft.choose_settings(given, Settings, PRESETS, DPO.stage)
+    with parallel.process_group(), run_folder(given.get("out_dir", Settings.out_dir), given.get("resume")) as resume:
+        settings, checkpoint = sft.choose_settings(given | {"resume": resume}, Settings, PRESETS, DPO.stage)
         task = DPO(settings, checkpoint)
         optimizer = make_optimizer(task.model, weight_decay=0.0)
         checkpointer = Checkpointer(task, optimizer)
-        checkpointer.start(checkpoint if resume else None)
+        checkpointer.start(checkpoint)
         log = Log(task)
         describe(task)
         with oom_advice(settings):

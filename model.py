@@ -52,9 +52,9 @@ class GPTConfig:
     vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64, which matrix kernels like
     n_layer: int = 12
     n_head: int = 6
-    n_kv_head: int = 6  # < n_head: grouped-query attention
+    n_kv_head: int | None = None  # None: n_head; fewer: grouped-query attention
     n_embd: int = 768
-    head_dim: int = 128
+    head_dim: int | None = None  # None: n_embd / n_head, rounded down to an even number
     n_inner: int = 1664  # width of the SwiGLU
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -65,9 +65,12 @@ class GPTConfig:
         for name, choices in (("attn", ATTENTION), ("attn_impl", ATTENTION_IMPLS)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 and whole, not {getattr(self, name)!r}")
+        self.check_sizes("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner")
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.head_dim is None:
+            self.head_dim = self.n_embd // self.n_head // 2 * 2
+        self.check_sizes("n_kv_head", "head_dim")
         for name in ("rope_theta", "norm_eps"):
             if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}")
@@ -79,6 +82,11 @@ class GPTConfig:
             raise ValueError("attn_impl flash_attn needs the flash-attn package; sdpa and auto do without")
         if self.head_dim % 2:
             raise ValueError(f"RoPE rotates pairs, so head_dim must be even, not {self.head_dim}")
+
+    def check_sizes(self, *names):
+        for name in names:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 and whole, not {getattr(self, name)!r}")
 
 
 def pad_vocab(n, multiple=64):

@@ -12,6 +12,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.settings import UserError, flag, parse_flags, run_script  # before torch, for Ctrl-C; isort: skip
 import numpy as np
 import torch
 
@@ -23,9 +24,8 @@ from engine.checkpoint import Checkpointer, load_checkpoint, load_weights, resum
 from engine.device import autocast, choose_device, oom_advice
 from engine.generate import Decoder
 from engine.graphs import GraphedForwardBackward, bf16_copy, compile_layers, wants_compile
-from engine.log import Log, describe, summarize
+from engine.log import Log, describe, progress, summarize
 from engine.loss import token_cross_entropy
-from engine.settings import UserError, flag, parse_flags, run_script
 from lora import apply_lora, load_lora, lora_state_dict, merge_lora
 from model import ATTENTION, GPT, GPTConfig
 from train import CommonSettings, fit, make_optimizer
@@ -39,10 +39,13 @@ class TuningSettings(CommonSettings):
     """The settings that SFT and DPO share."""
 
     preset: str = flag(
-        "auto", "defaults; auto: tiny for a model of bytes, else ldiff", choices=("auto", "tiny", "ldiff", "1b", "10b")
+        "auto", "auto: tiny for a byte model, else ldiff", choices=("auto", "tiny", "ldiff", "1b", "10b"), fixed=True
     )
     attn: str = flag("", "attention mechanism; it has to be the checkpoint's", choices=tuple(ATTENTION), fixed=True)
     source: str = flag("", "local JSONL file to prepare the data set from, instead of the hub")
+    # The order of the examples depends on these two: with others, a resumed run would repeat some and leave out others.
+    seed: int = flag(1, "of adapters and batches", minimum=0, fixed=True)
+    batch_size: int = flag(16, "conversations a step", minimum=1, fixed=True)
     warmup_steps: int = flag(50, "steps of linear warmup", minimum=0)
     eval_examples: int = flag(256, "held-out examples to validate on, always the same", minimum=1, fixed=True)
     lora_rank: int = flag(64, "rank of the adapters", minimum=1, fixed=True)
@@ -57,7 +60,7 @@ class Settings(TuningSettings):
 
     dataset: str = flag("slimorca", "folder in data/, or a path with a slash")
     out_dir: str = flag("out/sft", "where checkpoints and log.csv go")
-    init_from: str = flag("out/pretrain/best.pt", "checkpoint of the model to tune")
+    init_from: str = flag("out/pretrain/best.pt", "checkpoint of the model to tune", fixed=True)
     learning_rate: float = flag(2e-4, "peak", minimum=0)
     lora_dropout: float = flag(0.0, "share of the adapters' inputs that is dropped", minimum=0, maximum=0.99)
 
@@ -89,7 +92,8 @@ def choose_settings(given, settings_class, presets, stage):
     if preset == "auto":
         preset = "tiny" if tokenizer == "bytes" else "ldiff"
         print(f"preset: {preset}, since {path} has the tokenizer {tokenizer}; --preset tiny or --preset ldiff chooses")
-    return settings_class(**{**presets[preset], **given, "preset": preset, "attn": attn}), checkpoint
+    settings = settings_class(**{**presets[preset], **given, "preset": preset, "attn": attn})
+    return parallel.fit_micro_batch_size(settings, given), checkpoint
 
 
 def load_config(checkpoint, attn_impl):
@@ -176,9 +180,8 @@ class SFT:
             raise UserError(error) from error
         if s.resume:  # the checkpoint has adapters
             load_weights(model, checkpoint)
-        self.model = self.float32_model = model
-        if self.device.type == "cuda":
-            self.model = bf16_copy(model, self.device)
+        self.float32_model = model
+        self.model = bf16_copy(model, self.device) if self.device.type == "cuda" else model.to(self.device)
         if parallel.RANK:
             self.float32_model = None  # process 0 alone saves
 
@@ -227,7 +230,7 @@ class SFT:
         """Measure the loss and the metrics on the validation examples."""
         self.model.eval()  # dropout off
         total = dict.fromkeys(("loss", *self.metrics), torch.zeros((), device=self.device))
-        for tensors in self.val_batches:
+        for tensors in progress(self.val_batches, "validating"):
             for name, value in self.loss(*(tensor.to(self.device) for tensor in tensors)).items():
                 total[name] = total[name] + value
         self.model.train()
@@ -265,13 +268,12 @@ class SFT:
 
 def main():
     given = parse_flags(Settings, __doc__, tiny=PRESETS["tiny"])
-    out_dir, resume = given.get("out_dir", Settings.out_dir), given.get("resume", False)
-    with parallel.process_group(), run_folder(out_dir, must_exist=resume):
-        settings, checkpoint = choose_settings(given, Settings, PRESETS, SFT.stage)
+    with parallel.process_group(), run_folder(given.get("out_dir", Settings.out_dir), given.get("resume")) as resume:
+        settings, checkpoint = choose_settings(given | {"resume": resume}, Settings, PRESETS, SFT.stage)
         task = SFT(settings, checkpoint)
         optimizer = make_optimizer(task.model, weight_decay=0.0)
         checkpointer = Checkpointer(task, optimizer)
-        checkpointer.start(checkpoint if resume else None)
+        checkpointer.start(checkpoint)
         log = Log(task)
         describe(task)
         with oom_advice(settings):

@@ -12,6 +12,7 @@ schedule, the training loop, and pretraining's data, model and loss. sft.py and 
 import math
 from dataclasses import asdict, dataclass, fields
 
+from engine.settings import UserError, flag, parse_flags, run_script  # before torch, for Ctrl-C; isort: skip
 import torch
 import torch.nn as nn
 
@@ -22,8 +23,7 @@ from engine.attention import ATTENTION_IMPLS, check_impl
 from engine.checkpoint import Checkpointer, load_checkpoint, load_weights, resume_settings, run_folder, stop_signals
 from engine.device import autocast, choose_device, oom_advice
 from engine.graphs import wants_compile
-from engine.log import Log, describe, print_line, summarize
-from engine.settings import UserError, flag, parse_flags, run_script
+from engine.log import Log, describe, print_line, progress, summarize
 from model import ATTENTION, GPT, GPTConfig, pad_vocab
 
 # ---------------------------------------------------------------------------------------------------
@@ -36,14 +36,14 @@ class CommonSettings:
 
     preset: str = flag(
         "auto", "defaults: tiny, for a CPU; ldiff, 159M parameters, for a GPU; auto, by the machine",
-        choices=("auto", "tiny", "ldiff", "1b", "10b"),
+        choices=("auto", "tiny", "ldiff", "1b", "10b"), fixed=True,
     )  # fmt: skip
     attn: str = flag("v2", "attention mechanism", choices=tuple(ATTENTION), fixed=True)
     dataset: str = flag("wikitext2", "folder in data/, or a path with a slash")
     source: str = flag("", "local file to prepare the data set from, instead of the hub")
     out_dir: str = flag("out/pretrain", "where checkpoints and log.csv go")
-    init_from: str = flag("", "checkpoint whose weights to start from")
-    resume: bool = flag(False, "go on with the run in out_dir, whose settings hold unless given again")
+    init_from: str = flag("", "checkpoint whose weights to start from", fixed=True)
+    resume: bool = flag(False, "go on with the run in out_dir, as it was begun; auto: if there is one", word="auto")
     seed: int = flag(1, "of weights and batches", minimum=0)
     max_steps: int = flag(1000, "optimizer steps", minimum=1)
     batch_size: int = flag(16, "sequences a step", minimum=1)
@@ -54,7 +54,7 @@ class CommonSettings:
     eval_interval: int = flag(100, "steps between validations", minimum=1)
     save_interval: int = flag(250, "steps between checkpoints", minimum=1)
     log_interval: int = flag(10, "steps between lines on the screen", minimum=1)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     compile: str = flag("auto", "torch.compile; auto: on with CUDA", choices=("auto", "on", "off"))
     attn_impl: str = flag("auto", "attention kernel; naive: plain PyTorch, for reading", choices=ATTENTION_IMPLS)
 
@@ -135,8 +135,12 @@ def choose_settings(given):
     shape = shapes.get(given.get("attn", Settings.attn), shapes["vanilla"])
     if given.get("init_from"):
         checkpoint = load_checkpoint(given["init_from"])
+        attn = checkpoint["config"].get("attn")
+        if given.get("attn", attn) != attn:
+            raise UserError(f"the model in {given['init_from']} has the attention {attn}, not {given['attn']}")
         shape = {name: checkpoint["config"][name] for name in MODEL_FLAGS if name in checkpoint["config"]}
-    return Settings(**{**PRESETS[preset], **shape, **given, "preset": preset}), checkpoint
+    settings = Settings(**{**PRESETS[preset], **shape, **given, "preset": preset})
+    return parallel.fit_micro_batch_size(settings, given), checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -209,9 +213,9 @@ def training_step(task, optimizer, lr, micro_batches, max_norm=1.0):
     row["skipped"] = ~torch.isfinite(row["loss"] + row["grad_norm"])
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # A step whose loss or gradient is not finite is skipped: weights and optimizer stay as they are. Fused optimizers
-    # do nothing where found_inf is 1. With others, the CPU has to wait for the GPU to know.
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    # A step whose loss or gradient is not finite is skipped: weights and optimizer stay as they are. Fused AdamW does
+    # nothing where found_inf is 1, but on mps. With other optimizers, the CPU has to wait for the GPU to know.
+    if isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["fused"] and task.device.type != "mps":
         optimizer.found_inf = row["skipped"].float()
         optimizer.step()
     elif not row["skipped"]:
@@ -231,10 +235,11 @@ def fit(task, optimizer, checkpointer, log, on_step=None):
         return
     with stop_signals() as signals:
         if done == 0:  # training has to improve on this
+            print_line("before the first step:")
             metrics, text = task.evaluate()
             best = checkpointer.save_if_best(0, metrics["val_loss"])
-            print(f"before the first step:\n{text}{'; the best so far' if best else ''}", flush=True)
-        log.open(done)
+            print_line(f"{text}{'; the best so far' if best else ''}")
+        log.open(done, None if done else metrics)
         for step, (count, micro_batches) in zip(steps, prefetch(task.get_batch, steps, task.device)):
             lr = lr_at(step, s)
             row = {"step": step, "lr": lr, "count": count} | training_step(task, optimizer, lr, micro_batches)
@@ -337,7 +342,7 @@ class Pretraining:
     def evaluate(self):
         """Measure the mean cross-entropy in nats over all target tokens of the validation windows."""
         total, num_tokens = 0.0, 0
-        for inputs, targets in self.val_batches:
+        for inputs, targets in progress(self.val_batches, "validating"):
             count = (targets != -100).sum().item()
             with autocast(self.device):
                 _, loss = self.compiled(inputs.to(self.device), targets.to(self.device))
@@ -373,13 +378,12 @@ class Pretraining:
 
 def main():
     given = parse_flags(Settings, __doc__, tiny=PRESETS["tiny"] | SHAPES["tiny"][Settings.attn])
-    out_dir, resume = given.get("out_dir", Settings.out_dir), given.get("resume", False)
-    with parallel.process_group(), run_folder(out_dir, must_exist=resume):
-        settings, checkpoint = choose_settings(given)
+    with parallel.process_group(), run_folder(given.get("out_dir", Settings.out_dir), given.get("resume")) as resume:
+        settings, checkpoint = choose_settings(given | {"resume": resume})
         task = Pretraining(settings, checkpoint)
         optimizer = make_optimizer(task.model, settings.weight_decay)
         checkpointer = Checkpointer(task, optimizer)
-        checkpointer.start(checkpoint if resume else None)  # go on from it, or move an earlier run's files aside
+        checkpointer.start(checkpoint)  # go on from it, or move an earlier run's files aside
         log = Log(task)
         describe(task)
         with oom_advice(settings):

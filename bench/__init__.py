@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from engine.settings import Parser, UserError  # before torch, for Ctrl-C; isort: skip
 import torch
 
 import train
@@ -27,7 +28,6 @@ from engine import parallel
 from engine.attention import flash_attn_func, kernels
 from engine.device import autocast, choose_device, synchronize
 from engine.graphs import wants_compile
-from engine.settings import Parser, UserError
 from model import GPT, GPTConfig, pad_vocab
 
 GPT2_VOCAB = 50257

@@ -15,7 +15,6 @@ import fnmatch
 import functools
 import itertools
 import json
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,16 @@ from bench import reset_memory
 from bench.probes import probe, sentence_maps
 from data.tokenizer import IM_END, IM_START
 from engine import parallel
-from engine.checkpoint import DAMAGED, NEWEST, PREVIOUS, Checkpointer, load_checkpoint, load_latest, run_folder
+from engine.checkpoint import (
+    DAMAGED,
+    NEWEST,
+    PREVIOUS,
+    RUN_FILES,
+    Checkpointer,
+    load_checkpoint,
+    load_latest,
+    run_folder,
+)
 from engine.device import autocast, choose_device
 from engine.files import FolderInUse, atomic_write
 from engine.log import Diverged, Log
@@ -164,7 +172,7 @@ def train_run(plan, folder, log, device):
     with patched if plan.bare else contextlib.nullcontext():
         task, optimizer = make_task(plan, settings, checkpoint)
         checkpointer = Checkpointer(task, optimizer)
-        checkpointer.start(checkpoint if resume else None)
+        checkpointer.start(checkpoint)
         if not plan.keep_best:
             checkpointer.save_if_best = lambda step, val_loss: False
         on_step = record_lambdas if plan.task_class is train.Pretraining else None
@@ -196,6 +204,7 @@ def keep_log(folder, path):
             lambdas = dict(line.split(",") for line in file.read().split("\n") if "," in line)
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    rows = [row for row in rows if row["step"] != "0"]  # the validation before the first step
     columns = [name for name in COLUMNS if name in rows[0]] + ["lambdas"]
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -206,6 +215,14 @@ def keep_log(folder, path):
             writer.writerow(
                 [round_digits(row[name]) if name not in ("step", "lambdas") else row[name] for name in columns]
             )
+
+
+def remove_run(folder):
+    """Remove the files of a run, and its folder if nothing else is in it."""
+    for name in (*RUN_FILES, "lock"):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def round_digits(text):
@@ -238,7 +255,7 @@ def train_missing(runs, arguments):
                 for file in (NEWEST, PREVIOUS, DAMAGED):
                     (folder / file).unlink(missing_ok=True)
                 if not plan.keep_best:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove_run(folder)
         except FolderInUse:
             print(f"\n{name}: another process is training it")
 
@@ -265,11 +282,14 @@ def parse_runs(parser):
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.out, arguments.logs = f"{arguments.out}/smoke", f"{arguments.out}/smoke/logs"
-        shutil.rmtree(arguments.out, ignore_errors=True)
     runs = planned_runs(arguments.corpus, arguments.out)
     if arguments.smoke:
         chosen = {name: plan for name, plan in runs.items() if plan.keep_best or not name.endswith(("-2", "-3"))}
         runs = {name: shrink(plan) for name, plan in chosen.items()}
+        for name in runs:
+            remove_run(Path(arguments.out) / name)
+            for suffix in (".csv", ".json"):
+                log_path(arguments.logs, name).with_suffix(suffix).unlink(missing_ok=True)
     return arguments, runs
 
 

@@ -10,10 +10,13 @@ writes meta.json last, so a folder that has it is complete. There are two kinds:
   chosen and the rejected answer to the same prompt.
 """
 
+import contextlib
+import hashlib
 import importlib
 import itertools
 import json
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ import numpy as np
 import torch
 
 from data.tokenizer import get_tokenizer
+from engine.files import locked
 from engine.settings import UserError
 
 # For each kind of data: the data set whose prepare.py reads local files, and the format of these files.
@@ -30,6 +34,9 @@ LOCAL_FILES = {
     "sft": ("slimorca", "JSONL file"),
     "dpo": ("orca_dpo_pairs", "JSONL file"),
 }
+
+# The names of the files in a data set's folder; while one is written, its name ends in .<process id>.tmp.
+WRITTEN = re.compile(r"((train|val)(-\d{5}|\.mask|\.offsets)?\.bin|(meta|progress)\.json|prepare\.lock)(\.\d+\.tmp)?")
 
 # ---------------------------------------------------------------------------------------------------
 # Files
@@ -40,34 +47,96 @@ def prepared_directory(name, source, kind="", **options):
 
     `name` is a folder in data/, or a path with a slash. `kind` is "" for text, "sft" or "dpo". `source` is a local file
     to prepare the data from, or "" for the hub. The data are outdated if they were made from another file than
-    `source`, or if `source` has changed since. `options` are passed to the function in prepare.py.
+    `source`, or if the size or the date of its files has changed since. `options` are passed to the function in
+    prepare.py.
     """
     if name in ("", ".", ".."):
         raise UserError("--dataset needs a name, or a path with a slash")
     local, file_format = LOCAL_FILES[kind]
+    if source and name == local:
+        raise UserError(f"--source needs a name for your data: --dataset NAME --source {source} ({name} is the hub's)")
     folder = Path(name) if "/" in name else Path(__file__).parent / name
     directory = folder / kind
-    if _is_up_to_date(directory, source):
+    if is_up_to_date(directory, source):
         return directory
     has_prepare = "/" not in name and (folder / "prepare.py").exists()
-    if not has_prepare and (folder / "progress.json").exists():
-        raise UserError(f"{folder} is not finished; run python -m data.fineweb_edu.prepare again as it was begun")
-    if not has_prepare and not source:
+    is_begun = (directory / "progress.json").exists
+    if not has_prepare and not source and not is_begun():
         raise UserError(f"there is no data set {name}; --dataset {name} --source FILE makes one from a {file_format}")
     module = importlib.import_module(f"data.{name if has_prepare else local}.prepare")
     prepare = getattr(module, f"prepare_{kind or 'text'}", None)
     if prepare is None:
         raise UserError(f"the data set {name} is not for {kind or 'pretraining'}; {local} and tiny are")
-    prepare(directory, source=source, **options)
+    with preparing(directory):
+        if is_up_to_date(directory, source):  # by now
+            return directory
+        if not has_prepare and is_begun():
+            raise UserError(f"{folder} is not finished; run python -m data.fineweb_edu.prepare again as it was begun")
+        prepare(directory, source=source, **options)
     return directory
 
 
-def _is_up_to_date(directory, source):
-    meta = directory / "meta.json"
-    if not meta.exists() or not source:
-        return meta.exists()
-    same = read_meta(directory)["source"] == str(Path(source).resolve())
-    return same and Path(source).exists() and Path(source).stat().st_mtime <= meta.stat().st_mtime
+@contextlib.contextmanager
+def preparing(directory):
+    """Create the folder of a data set and keep other processes from preparing it. Yields whether one had to end first.
+
+    A preparation that leaves nothing in the folder leaves no new folder either.
+    """
+    directory = Path(directory)
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        with contextlib.ExitStack() as stack:
+            waited = None
+            while waited is None:
+                directory.mkdir(parents=True, exist_ok=True)
+                lock = locked(directory, "prepare.lock", f"waiting for another process that prepares {directory}")
+                with contextlib.suppress(FileNotFoundError):  # it failed, and removed its new folder
+                    waited = stack.enter_context(lock)
+            try:
+                yield waited
+            finally:
+                with contextlib.suppress(OSError):  # Windows deletes no open file
+                    (directory / "prepare.lock").unlink()
+    finally:
+        with contextlib.suppress(OSError):  # a folder with files in it stays
+            for path in created:
+                path.rmdir()
+
+
+def is_up_to_date(directory, source):
+    """Return whether a data set is prepared, and from the files of `source` as they are now, unless that is ""."""
+    meta_path = Path(directory) / "meta.json"
+    if not meta_path.exists() or not source:
+        return meta_path.exists()
+    meta, source = read_meta(directory), Path(source)
+    if meta["source"] != str(source.resolve()) or not source.exists():
+        return False
+    if "files" not in meta:  # written by an older version
+        return source.stat().st_mtime <= meta_path.stat().st_mtime
+    return meta["files"] == fingerprint(source.resolve())
+
+
+def source_files(source):
+    """List the files in a folder, in the order of their names, or the one file `source`.
+
+    What begins with a dot below the folder is left out (.ipynb_checkpoints, ._a.parquet), and so are the files that a
+    preparation writes.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        return [source]
+    files = [path for path in sorted(source.rglob("*")) if path.is_file() and not WRITTEN.fullmatch(path.name)]
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(source).parts)]
+
+
+def fingerprint(source):
+    """Return a hash of the names, sizes and dates of the files in `source`, a file or folder; "" if there is none."""
+    source = Path(source)
+    if not source.is_absolute() or not source.exists():  # the name of a data set on the hub
+        return ""
+    stats = [(str(path.relative_to(source)), path.stat()) for path in source_files(source)]
+    listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def read_meta(directory, tokenizer="", name="meta.json"):
@@ -117,7 +186,10 @@ def open_tokens(directory, split, meta, block_size=0):
         tokens = _memory_map(path, dtype, meta["tokens"].get(split))
         _check_ids(tokens, path, meta["vocab_size"])
     if len(tokens) <= block_size:
-        raise UserError(f"{path} has {len(tokens):,} tokens: too few for a block_size of {block_size}")
+        raise UserError(
+            f"{path} has {len(tokens):,} tokens: too few for a block_size of {block_size}; "
+            "give it more text, or lower --block_size"
+        )
     return tokens
 
 
@@ -174,7 +246,7 @@ class Examples:
         return (len(self.offsets) - 1) // self.group
 
     def lengths(self):
-        """The length of the longest row of every example (N,)."""
+        """Return the length of the longest row of every example (N,)."""
         return np.diff(self.offsets).reshape(-1, self.group).max(axis=1)
 
 
@@ -307,4 +379,5 @@ def prefetch(get_batch, steps, device):
             current = upcoming or pool.submit(get_pinned, step)
             upcoming = pool.submit(get_pinned, step + 1) if step + 1 in steps else None
             count, micro_batches = current.result()
-            yield count, [[tensor.to(device, non_blocking=True) for tensor in tensors] for tensors in micro_batches]
+            pinned = device.type == "cuda"
+            yield count, [[tensor.to(device, non_blocking=pinned) for tensor in tensors] for tensors in micro_batches]

@@ -4,12 +4,16 @@ Rows are tokenized on all cores, in memory that does not grow with the data. Fil
 meta.json last.
 """
 
+import codecs
 import contextlib
+import io
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import zlib
@@ -20,13 +24,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.dataset import token_dtype
+from data.dataset import WRITTEN, fingerprint, is_up_to_date, preparing, read_meta, token_dtype
+from data.forms import SkippedRow
 from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
 from engine.files import atomic_write
 from engine.settings import Parser, UserError
 
 VAL_EVERY = 20  # of examples, of tiny's documents and of those in a first shard, every 20th is held out
 CHUNK = 64  # rows that a process tokenizes at a time
+PIECE = 2**20  # characters of a document that are tokenized at a time
 PROGRESS = dict(disable=None, leave=False)  # a progress bar on a terminal only, and only while it runs
 
 # ---------------------------------------------------------------------------------------------------
@@ -48,8 +54,33 @@ def load_from_hub(path, load="load_dataset", **options):
         ) from error
 
 
+def read_utf8(path):
+    """Read a text file. Raises UserError if it cannot be read, or is not UTF-8."""
+    return "".join(stream_utf8(path))
+
+
+def stream_utf8(path, start=0, stop=math.inf):
+    """Yield the text of a file from byte `start` to byte `stop` in blocks. Raises UserError as read_utf8() does."""
+    decoder, position = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True), start
+    try:
+        with open(path, "rb") as file:
+            if start:
+                file.seek(start)
+            while block := file.read(min(PIECE, stop - position)):
+                position += len(block)
+                yield decoder.decode(block)
+            yield decoder.decode(b"", final=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {position - len(error.object) + error.start})") from error
+
+
 def open_rows(hub_name, revision, source):
-    """Open the JSONL file `source`, or else a data set on the hub -> rows, their number or None, the source's name."""
+    """Open the JSONL file `source`, or else a data set on the hub -> rows, their number or None, the source's name.
+
+    A file with one array of objects in place of lines is read into memory as a whole.
+    """
     if not source:
         rows = load_from_hub(hub_name, split="train", revision=revision)
         return rows, len(rows), f"{hub_name} {revision}"
@@ -59,7 +90,13 @@ def open_rows(hub_name, revision, source):
             yield from (line for line in file if line.strip())
 
     try:
-        total = None if Path(source).is_fifo() else sum(1 for _ in lines())  # a pipe can be read only once
+        if Path(source).is_fifo():  # it can be read only once
+            return lines(), None, str(Path(source).resolve())
+        if next(lines(), b"").removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            rows = parse_row(Path(source).read_bytes())
+            if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+                return rows, len(rows), str(Path(source).resolve())
+        total = sum(1 for _ in lines())
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}") from error
     return lines(), total, str(Path(source).resolve())
@@ -80,34 +117,92 @@ def parse_row(row):
 
 
 def write_dataset(directory, documents, tokenizer, source):
-    """Tokenize {"train": [text, ...], "val": [text, ...]} into `directory`, one document after another."""
+    """Tokenize {"train": [text, ...], "val": [text, ...]} into `directory`, one document after another.
+
+    A document that may be larger than memory is an iterable of its pieces(). `source` is noted in meta.json: a local
+    file as str(Path(file).resolve()), which the scripts compare with --source. Raises UserError if a split has no
+    documents; the files of an earlier set are complete until those of this one are.
+    """
     directory = Path(directory)
     encoding = get_tokenizer(tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
-    remove_text(directory)
     meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "tokens": {}, "crc32": {}, "source": source}
-    for split, texts in documents.items():
-        count = checksum = 0
-        with atomic_write(directory / f"{split}.bin") as path, open(path, "wb") as file:
-            for text in tqdm(texts, f"tokenizing {split}", unit=" documents", **PROGRESS):
-                ids = encode_document(text, encoding)
-                file.write(ids)
-                count, checksum = count + len(ids), zlib.crc32(ids, checksum)
-        meta["tokens"][split], meta["crc32"][split] = count, checksum
+    meta["files"], spelled_out = fingerprint(source), 0
+    with contextlib.ExitStack() as stack:
+        for split, texts in documents.items():
+            file, count, checksum = open_atomic(directory / f"{split}.bin", stack), 0, 0
+            with tqdm(desc=f"tokenizing {split}", unit=" tokens", unit_scale=True, **PROGRESS) as bar:
+                for text in texts:
+                    for piece, is_last in mark_last([text] if isinstance(text, str) else text):
+                        ids = encode(piece, is_last, encoding)
+                        file.write(ids)
+                        count, checksum = count + len(ids), zlib.crc32(ids, checksum)
+                        spelled_out += piece.count(END_OF_TEXT)
+                        bar.update(len(ids))
+            if not count:
+                raise UserError(f"{source} has no documents for {split}; give it more text")
+            meta["tokens"][split], meta["crc32"][split] = count, checksum
+        remove_text(directory)
     write_meta(directory, meta)
     print(f"{directory}: {format_splits(meta['tokens'], 'tokens')} ({tokenizer} tokenizer)")
+    report_spelled_out(source, spelled_out)
 
 
-def encode_document(text, encoding):
-    """Encode a text and the token that ends it -> ids (N,)."""
-    ids = [*encoding.encode_ordinary(text), encoding.encode_single_token(END_OF_TEXT)]
+def report_spelled_out(source, count):
+    """Report that a text has <|endoftext|> in it, which does not separate documents."""
+    if count:
+        print(
+            f"{source}: {END_OF_TEXT} occurs {count:,} times and is spelled out as text. To separate documents, put "
+            "each in a .txt file, or on a line of JSONL: python -m data.fineweb_edu.prepare --source FOLDER"
+        )
+
+
+def encode(text, is_last, encoding):
+    """Encode the text of a document, or a piece of it -> ids (N,), after the last one with the token that ends it."""
+    ids = encoding.encode_ordinary(text) + [encoding.encode_single_token(END_OF_TEXT)] * is_last
     return np.array(ids, token_dtype(encoding.n_vocab))
+
+
+def mark_last(items):
+    """Yield (item, whether it is the last one)."""
+    items = iter(items)
+    item = next(items, None)
+    while item is not None:
+        following = next(items, None)
+        yield item, following is None
+        item = following
+
+
+def pieces(strings):
+    """Yield a document, given as strings, in pieces of about PIECE characters that are encoded to the ids of the whole.
+
+    The cuts are before a blank or a line end that follows another character: there, both tokenizers begin a word in any
+    case. Only a piece without such a place is cut elsewhere, and may have one token more for it.
+    """
+    parts, length = [], 0
+    for string in strings:
+        parts.append(string)
+        length += len(string)
+        if length >= PIECE:
+            text = "".join(parts)
+            last_place = re.match(r"(?s).*\S(?=[ \n])", text)
+            cut = last_place.end() if last_place else len(text)
+            yield text[:cut]
+            parts, length = [text[cut:]], len(text) - cut
+    if length:
+        yield "".join(parts)
 
 
 def remove_text(directory):
     """Remove meta.json, progress.json and the shards of an earlier text, which may have been more."""
-    for path in [directory / "meta.json", directory / "progress.json", *directory.glob("train-*.bin")]:
+    for path in [directory / "meta.json", directory / "progress.json", *written_files(directory, "train-*.bin")]:
         path.unlink(missing_ok=True)
+
+
+def written_files(directory, pattern):
+    """List the files that match a pattern and have a name that this project writes; others are the user's."""
+    paths = [path for path in directory.glob(pattern) if WRITTEN.fullmatch(path.name)]
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def write_meta(directory, meta, name="meta.json"):
@@ -160,22 +255,22 @@ def _end_with_parent():
 # Examples
 
 
-class SkippedRow(ValueError):
-    """A row that cannot become an example. The message is the reason; meta.json has a count for each reason."""
-
-
-def write_examples(directory, rows, tokenize, tokenizer, block_size, source, total=None):
+def write_examples(directory, rows, tokenize, tokenizer, block_size, source, total=None, forms=()):
     """Tokenize rows into examples and write them to `directory`.
 
     tokenize(row, encoding, block_size) returns the rows of an example, [(ids, mask), ...], or raises SkippedRow. It is
     pickled, so it must be at the top level of a module. Ids beyond block_size are cut off. `total` is the number of
-    rows, for the progress bar. Raises UserError if there are fewer than two examples, one for each split.
+    rows, for the progress bar. Raises UserError if there are fewer than two examples, one for each split; its message
+    names the `forms` that are read, if a row is malformed.
     """
     directory, encoding, report = Path(directory), get_tokenizer(tokenizer), Counter(rows=0, cut=0)
+    files = fingerprint(source)
     directory.mkdir(parents=True, exist_ok=True)
+    rows = iter(rows)
+    first = list(itertools.islice(rows, 1))
     with contextlib.ExitStack() as stack:
         train, val = (_ExampleWriter(directory, split, stack) for split in ("train", "val"))
-        chunks = parallel_map(_tokenize_chunk, chunked(rows), tokenize, tokenizer, block_size)
+        chunks = parallel_map(_tokenize_chunk, chunked(itertools.chain(first, rows)), tokenize, tokenizer, block_size)
         results = itertools.chain.from_iterable(chunks)
         for example, is_cut, reason in tqdm(results, "tokenizing", total, unit=" rows", **PROGRESS):
             report.update(rows=1, cut=is_cut)
@@ -185,14 +280,23 @@ def write_examples(directory, rows, tokenize, tokenizer, block_size, source, tot
                 (train if (train.examples + val.examples) % VAL_EVERY else val).add(example)
         if not train.examples:
             usable = f"{val.examples}; the least is 2 ({format_report(report)})"
-            raise UserError(f"{source} has too few usable examples, {usable}")
+            raise UserError(f"{source} has too few usable examples, {usable}{_forms_help(first, forms, report)}")
         (directory / "meta.json").unlink(missing_ok=True)  # until here the files of an earlier set stay complete
     meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "block_size": block_size, "source": source}
+    meta["files"] = files
     for count in ("examples", "tokens", "crc32"):
         meta[count] = {"train": getattr(train, count), "val": getattr(val, count)}
     write_meta(directory, meta | {"report": report})
     counts = format_splits(meta["examples"], "examples")
     print(f"{directory}: {counts} ({tokenizer} tokenizer); {format_report(report)}")
+
+
+def _forms_help(first, forms, report):
+    if not forms or not report["malformed"]:
+        return ""
+    row = parse_row(first[0])
+    found = f"has the keys {', '.join(map(str, row))[:200]}" if isinstance(row, dict) else "is no JSON object"
+    return f"; the first row {found}; the forms that are read have the keys {', or '.join(forms)} (docs/data.md)"
 
 
 class _ExampleWriter:
@@ -234,6 +338,18 @@ def _tokenize_chunk(rows, tokenize, tokenizer, block_size):
     return results
 
 
+def prepare_anew(prepare, directory, source="", **options):
+    """Call a prepare function for its command line, unless another process has just done the same in that folder."""
+    with preparing(directory) as waited:
+        if waited and is_up_to_date(directory, source):
+            meta = read_meta(directory)
+            same_place = Path(meta["source"]).is_absolute() == bool(source)  # both local, or both from the hub
+            if same_place and all(meta.get(name) == value for name, value in options.items()):
+                print(f"{directory}: prepared by the other process")
+                return
+        prepare(directory, source=source, **options)
+
+
 def prepare_examples(description, prepare, folder, kind):
     """Parse the command line of a prepare.py for examples, and call its prepare function.
 
@@ -249,4 +365,5 @@ def prepare_examples(description, prepare, folder, kind):
     args = parser.parse_args()
     if args.block_size < 2:
         raise UserError(f"--block_size {args.block_size} has no room for an answer")
-    prepare(Path(args.out_dir) / kind, args.source, args.tokenizer, args.block_size)
+    options = dict(tokenizer=args.tokenizer, block_size=args.block_size)
+    prepare_anew(prepare, Path(args.out_dir) / kind, args.source, **options)

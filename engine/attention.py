@@ -23,7 +23,7 @@ ATTENTION_IMPLS = ("auto", "flash_attn", "sdpa", "naive")
 
 
 def attention(q, k, v, softmax_scale=None, causal=False, impl="auto"):
-    """softmax(q k^T * softmax_scale) v, with the signature of flash_attn_func.
+    """Compute softmax(q k^T * softmax_scale) v, with the signature of flash_attn_func.
 
     q (B, T, H, D), k (B, S, K, D), v (B, S, G, Dv) -> (B, T, H, Dv). H is a multiple of K and K of G: query head h
     reads key head h // (H / K) and value head h // (H / G). softmax_scale defaults to D ** -0.5. A causal mask is
@@ -36,7 +36,7 @@ def attention(q, k, v, softmax_scale=None, causal=False, impl="auto"):
 
 
 def causal_attention(q, k, v, cache=None, impl="auto"):
-    """Causal attention among these tokens, or with a LayerCache (engine/generate.py) of one token to all before it.
+    """Attend causally among these tokens or, with a LayerCache (engine/generate.py), from one token to all before it.
 
     q (B, T, H, D), k (B, T, K, D), v (B, T, G, Dv) -> (B, T, H, Dv). k and v are written to the cache.
     """
@@ -48,7 +48,7 @@ def causal_attention(q, k, v, cache=None, impl="auto"):
 
 
 def paired_attention(q, k, v, cache=None, impl="auto"):
-    """causal_attention() of both maps of every pair, in one call -> A1 V and A2 V, (B, T, pairs, Dv) each.
+    """Apply causal_attention() to both maps of every pair, in one call -> A1 V and A2 V, (B, T, pairs, Dv) each.
 
     Query heads 2i and 2i + 1 are the two maps of pair i. With as many key heads as value heads (V2), both maps of a
     pair read the same key head; with twice as many (V1), map m of the pairs in group g reads key head 2g + m.
@@ -74,7 +74,7 @@ def check_impl(impl, device):
 
 
 def resolve_impl(impl, q):
-    """`auto` is PyTorch's kernels, or the flash-attn package where it is installed and cuDNN cannot be used."""
+    """Replace `auto` by sdpa, or by flash_attn where that package is installed and cuDNN cannot be used."""
     if impl != "auto":
         return impl
     can_use_package = flash_attn_func is not None and q.is_cuda and q.dtype in HALF
@@ -82,20 +82,20 @@ def resolve_impl(impl, q):
 
 
 def has_cudnn_attention(q):
-    """True where PyTorch prefers cuDNN's attention: half precision on the data-centre chips Hopper and Blackwell."""
+    """Return True where PyTorch prefers cuDNN's attention: half precision on Hopper and data-centre Blackwell."""
     return q.is_cuda and q.dtype in HALF and q.size(-1) % 8 == 0 and gpu_generation(q.device) in ((9, 0), (10, 0))
 
 
 def gpu_generation(device):
-    """NVIDIA's compute capability: (9, 0) is Hopper."""
+    """Return NVIDIA's compute capability: (9, 0) is Hopper."""
     gpu = torch.cuda.get_device_properties(device)
     return gpu.major, gpu.minor
 
 
 def has_differential_kernel(q, k, v, cache=None, impl="auto"):
-    """True where the fused kernel takes less memory than paired_attention() and a subtraction, and no more time.
+    """Return True where the fused kernel takes less memory than paired_attention() and a subtraction, and no more time.
 
-    As far as it was measured, that is on Hopper up to 8192 tokens, or 4096 where both maps read the same keys.
+    Measured so on Hopper up to 8192 tokens, or 4096 where both maps read the same keys. Not measured on other GPUs.
     """
     if kernels is None or cache is not None or impl != "auto" or not q.is_cuda or q.dtype not in HALF:
         return False
@@ -105,20 +105,19 @@ def has_differential_kernel(q, k, v, cache=None, impl="auto"):
 
 
 def differential_attention(q, k, v, lam):
-    """A1 V - lam A2 V of both maps of every pair in one Triton kernel -> (B, T, pairs, Dv); see engine/kernels.py."""
+    """Compute A1 V - lam A2 V for every pair in one Triton kernel -> (B, T, pairs, Dv); see engine/kernels.py."""
     return kernels.differential_attention(q, k, v, lam)
 
 
 def has_decode_kernel(k, impl):
-    """True where one new token's attention runs in Triton, so that a CUDA graph can record it."""
+    """Return True where one new token's attention runs in Triton, so that a CUDA graph can record it."""
     return kernels is not None and k.is_cuda and k.dtype in HALF and impl != "naive"
 
 
 def decode_attention(q, k, v, position, impl="auto"):
-    """Attention of one query a head, q (B, 1, H, D), to keys k (B, S, K, D) and values v (B, S, G, Dv).
+    """Attend from one query a head, q (B, 1, H, D), to keys k (B, S, K, D) and values v (B, S, G, Dv) -> (B, 1, H, Dv).
 
-    The keys up to and including `position` count, a tensor (1,): a CUDA graph reads it anew each time it is replayed.
-    -> (B, 1, H, Dv)
+    Only keys up to `position` count, inclusive. It is a tensor (1,), which a CUDA graph reads at every replay.
     """
     if not has_decode_kernel(k, impl):
         end = int(position) + 1
@@ -152,7 +151,7 @@ def _naive(q, k, v, softmax_scale, causal):
 
 
 def attention_maps(q, k, softmax_scale, causal=True):
-    """The attention probabilities themselves, (B, H, T, S): quadratic in memory, for reading and for pictures."""
+    """Return the attention probabilities (B, H, T, S). Memory is quadratic: for reading and pictures."""
     k = k.repeat_interleave(q.size(2) // k.size(2), dim=2)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * softmax_scale
     if causal:

@@ -25,13 +25,13 @@ import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from engine.settings import Parser, UserError, explain, is_allowed, run_script  # before torch, for Ctrl-C; isort: skip
 import torch
 import torch.distributed as dist
 
 from engine import parallel
 from engine.device import rng_state, set_rng_state
 from engine.files import atomic_write, locked
-from engine.settings import Parser, UserError, is_allowed, run_script
 
 if dist.is_available():
     import torch.distributed.checkpoint as dcp
@@ -39,27 +39,46 @@ if dist.is_available():
 NEWEST, PREVIOUS, DAMAGED, BEST = "ckpt.pt", "ckpt-previous.pt", "ckpt-damaged.pt", "best.pt"
 RUN_FILES = ("log.csv", BEST, "adapter.pt", "lambdas.csv", DAMAGED, PREVIOUS, NEWEST)  # bench.runs has lambdas.csv
 FORMAT = 1  # of checkpoints: one more whenever what is in them changes
+DATA = ("tokenizer", "vocab_size", "block_size", "examples", "tokens", "crc32")  # what meta.json says of the data
 
 # ---------------------------------------------------------------------------------------------------
 # The folder
 
 
 @contextlib.contextmanager
-def run_folder(out_dir, must_exist=False):
-    """Create the run folder, or on resume require it, and lock it.
+def run_folder(out_dir, resume=False):
+    """Create the run folder, or on resume require it, and lock it. Yields whether to resume.
 
-    Lock before reading, so that nobody saves a newer checkpoint in between. Raises UserError if the folder is missing,
-    locked or cannot be written to.
+    With resume="auto", that depends on whether there is a checkpoint. Lock before reading, so that nobody saves a newer
+    checkpoint in between. Raises UserError if the folder is missing, locked or cannot be written to. A run that leaves
+    nothing in the folder, such as a failed start, leaves no new folder and no lock either.
     """
     out_dir = Path(out_dir)
-    if must_exist and not out_dir.is_dir():
+    if resume is True and not out_dir.is_dir():
         raise UserError(f"there is no checkpoint {out_dir / NEWEST}: no such folder")
+    if parallel.RANK:
+        yield bool(parallel.all_reduce_max(0) if resume == "auto" else resume)  # as process 0 finds
+        return
+    lock = out_dir / "lock"
     try:
+        created = [path for path in (out_dir, *out_dir.parents) if not path.exists()]
         out_dir.mkdir(parents=True, exist_ok=True)
+        before = {*out_dir.iterdir()}
     except OSError as error:
-        raise UserError(f"cannot write to {out_dir}: {error.strerror}") from error
-    with locked(out_dir) if parallel.RANK == 0 else contextlib.nullcontext():
-        yield
+        raise UserError(f"cannot write to {explain(error)}") from error
+    try:
+        with locked(out_dir):
+            if resume == "auto":
+                has_checkpoint = (out_dir / NEWEST).exists() or (out_dir / PREVIOUS).exists()
+                resume = parallel.all_reduce_max(has_checkpoint)
+            yield bool(resume)
+    finally:
+        with contextlib.suppress(OSError):  # it may be gone, or another run's by now
+            if {*out_dir.iterdir()} - before <= {lock}:
+                if lock not in before:
+                    lock.unlink(missing_ok=True)
+                for path in created:
+                    path.rmdir()
 
 
 def archive_previous_run(out_dir):
@@ -75,8 +94,10 @@ def archive_previous_run(out_dir):
 
 
 def part_folders(out_dir):
-    """Return the folders of checkpoints in parts."""
-    return [path for path in out_dir.glob("parts-*") if re.fullmatch(r"parts-\d+", path.name) and path.is_dir()]
+    """Return the folders of checkpoints in parts, with nothing else in them."""
+    folders = [path for path in out_dir.glob("parts-*") if re.fullmatch(r"parts-\d+", path.name) and path.is_dir()]
+    written = re.compile(r"\.metadata(\.tmp)?|__\d+_\d+\.distcp")
+    return [path for path in folders if all(written.fullmatch(part.name) for part in path.iterdir())]
 
 
 def remove_temporary_files(out_dir):
@@ -114,8 +135,9 @@ def load_checkpoint(path):
             if archive.testzip():  # torch.load ignores the checksums
                 raise ValueError
         # Memory-mapped, it takes no memory of its own, even if several processes read it. Windows cannot replace such a
-        # file.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
+        # file, and PyTorch maps none whose name is not UTF-8.
+        can_map = os.name != "nt" and str(path).encode(errors="ignore") == os.fsencode(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
         missing = [n for n in ("model", "config", "settings", "data") if not isinstance(checkpoint.get(n), dict)]
         missing += [n for n, kind in (("step", int), ("stage", str)) if not isinstance(checkpoint.get(n), kind)]
         if "parts" in checkpoint:
@@ -216,8 +238,6 @@ def init_optimizer_state(optimizer):
 
 def resume_settings(given, settings_class, stage):
     """Return the settings of the run in out_dir, overridden by the flags given with --resume, and its checkpoint."""
-    if clash := {"preset", "init_from"} & given.keys():
-        raise UserError(f"--resume goes on with a run as it was begun; it does not go with --{clash.pop()}")
     out_dir = Path(given.get("out_dir", settings_class.out_dir))
     with parallel.main_process_first():  # it may have to fall back to the previous checkpoint
         checkpoint = load_latest(out_dir)
@@ -229,11 +249,16 @@ def resume_settings(given, settings_class, stage):
         if not is_allowed(f, saved[name]):
             raise UserError(f"{out_dir / NEWEST} is no checkpoint to resume from: its {name} cannot be used")
     for f in fields(settings_class):
-        begun = saved.get(f.name, f.default)
-        if f.metadata["fixed"] and given.get(f.name, begun) != begun:
-            raise UserError(f"the run was begun with --{f.name} {begun}, which --resume cannot change")
+        if not f.metadata["fixed"] or f.name not in given:
+            continue
+        begun, now = saved.get(f.name, f.default), given[f.name]
+        same_file = f.name == "init_from" and os.path.realpath(now) == os.path.realpath(begun)
+        if now != begun and not same_file and (f.name, now) != ("preset", "auto"):
+            raise UserError(f"the run was begun with --{f.name} {begun or repr(begun)}, which --resume cannot change")
+        given = {**given, f.name: begun}
     # The data were prepared when the run began, and the run folder may have been moved since.
-    return settings_class(**{**saved, "source": "", "out_dir": str(out_dir), **given}), checkpoint
+    settings = settings_class(**{**saved, "source": "", "out_dir": str(out_dir), **given})
+    return parallel.fit_micro_batch_size(settings, given), checkpoint
 
 
 class Checkpointer:
@@ -249,14 +274,17 @@ class Checkpointer:
             raise TypeError(f"checkpoints need a torch.optim.Optimizer, not {type(optimizer).__name__}")
         self.task, self.optimizer, self.out_dir = task, optimizer, Path(task.settings.out_dir)
         self.step, self.best_val_loss, self.last_parts = 0, math.inf, None
+        self.begins_as = {"stage": task.stage, "step": 0}  # what the model has learned before the first step
 
     def start(self, checkpoint=None):
-        """Restore the run from its checkpoint, or make room for a new one."""
-        if checkpoint:
+        """Restore the run from its checkpoint, or make room for a new one, which may begin with a checkpoint."""
+        if resume := self.task.settings.resume:
             self.restore(checkpoint)
+        elif checkpoint:
+            self.begins_as = {name: checkpoint[name] for name in self.begins_as}
         if parallel.RANK == 0:
             remove_temporary_files(self.out_dir)
-            if not checkpoint:
+            if not resume:
                 archive_previous_run(self.out_dir)
         else:
             seed = self.task.settings.seed + 1000 * self.step + parallel.RANK
@@ -264,8 +292,10 @@ class Checkpointer:
 
     def restore(self, checkpoint):
         """Restore step, optimizer and random state. The model has its weights already, unless they are in parts."""
-        if checkpoint["data"] != self.task.meta:
-            raise UserError("the data set is not the one that the run began with; --init_from starts a new run on it")
+        then, now = checkpoint["data"], self.task.meta  # which say as well where the data came from
+        if changed := [name for name in DATA if then.get(name) != now.get(name)]:
+            advice = f"({', '.join(changed)} differ); --init_from starts a new run on it"
+            raise UserError(f"the data set is not the one that the run began with {advice}")
         try:
             self.step, self.best_val_loss = checkpoint["step"], self.saved_best_val_loss()
             if "parts" in checkpoint:  # they hold the model, too
@@ -316,10 +346,10 @@ class Checkpointer:
         """Write a checkpoint of the run, in process 0 alone."""
         if parallel.RANK:
             return
-        task = self.task
+        task, learned = self.task, {"stage": self.task.stage, "step": step} if step else self.begins_as
         save_checkpoint(
             self.out_dir / name, model=state_dict, config=asdict(task.model.config), settings=asdict(task.settings),
-            data=task.meta, stage=task.stage, step=step, best_val_loss=self.best_val_loss, **more,
+            data=task.meta, best_val_loss=self.best_val_loss, **learned, **more,
         )  # fmt: skip
 
 
@@ -369,6 +399,8 @@ def load_parts(folder, model, optimizer):
     init_optimizer_state(optimizer)
     with dcp_errors():
         dcp.load(sharded_tensors(model, optimizer), checkpoint_id=folder)
+    if parallel.all_reduce_max(not all(parallel.full_tensor(p).isfinite().all() for p in model.parameters())):
+        raise UserError("the checkpoint's weights are not all finite: that run diverged")
 
 
 def resolve_parts(checkpoint, out_dir):
@@ -444,7 +476,7 @@ def main():
     parser = Parser(__doc__, prog="python -m engine.checkpoint")
     parser.add_argument("out_dir", type=Path, help=f"a run's folder, whose {NEWEST} becomes one file")
     path = parser.parse_args().out_dir / NEWEST
-    with run_folder(path.parent, must_exist=True):
+    with run_folder(path.parent, resume=True):
         save_checkpoint(path, **load_checkpoint(path))
     print(f"{path} is one file now")
 

@@ -17,14 +17,14 @@ PEAK_TFLOPS = {
 
 
 def choose_device(name):
-    """The torch.device for a flag: auto, cpu, cuda, cuda:1, ... Raises UserError if it is not available."""
+    """Return the torch.device for a flag: auto, cpu, cuda, cuda:1, mps, ... Raises UserError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and parallel.WORLD_SIZE > 1:
         name = f"cuda:{parallel.LOCAL_RANK}"
     try:
         device = torch.empty(1, device=name).device
-        if device.type not in ("cpu", "cuda"):
+        if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} is not available here") from error
@@ -35,18 +35,18 @@ def choose_device(name):
 
 
 def autocast(device):
-    """bf16 on CUDA, float32 elsewhere."""
+    """Return a context that computes in bf16 on CUDA and in float32 elsewhere."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def synchronize(device):
     """Wait until the GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
 
 
 def peak_flops(device):
-    """The bf16 peak of all GPUs in FLOP/s, or None if they are not in the table."""
+    """Return the bf16 peak of all GPUs in FLOP/s, or None for an unknown GPU."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if "Laptop" in name:  # slower than the desktop GPU of the same name
         return None
@@ -55,7 +55,7 @@ def peak_flops(device):
 
 
 def rng_state():
-    """The state of PyTorch's random number generators, for a checkpoint."""
+    """Return the state of PyTorch's random number generators, for a checkpoint."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 

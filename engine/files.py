@@ -35,24 +35,29 @@ class FolderInUse(UserError):
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder, name="lock", waiting=""):
     """Keep other processes out of a folder, by its file `lock`. The lock ends with the process, however that ends.
 
+    With a line `waiting`, print it and wait while another process holds the lock. Yields whether that was so.
     Raises FolderInUse if another process holds it, UserError if the folder cannot be written to. On a file system
     without locks, the caller goes on without one.
     """
-    lock = filelock.FileLock(Path(folder) / "lock", fallback_to_soft=False)  # a soft lock outlives a killed process
+    lock = filelock.FileLock(Path(folder) / name, fallback_to_soft=False)  # a soft lock outlives a killed process
     try:
         open(lock.lock_file, "a").close()  # filelock would report a folder that is read-only as locked
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    waited = False
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
-        raise FolderInUse(f"another run is writing to {folder}; --out_dir names another folder") from error
+        if not waiting:
+            raise FolderInUse(f"another run is writing to {folder}; --out_dir names another folder") from error
+        print(waiting, flush=True)
+        waited = bool(lock.acquire())
     except (OSError, NotImplementedError):
         pass
     try:
-        yield
+        yield waited
     finally:
         lock.release()

@@ -18,7 +18,7 @@ def generate(model, idx, max_new_tokens, **options):
 def prepare_for_inference(model):
     """Freeze a model for generation: matrices in bf16 on a GPU, and weights that read the same input joined.
 
-    Merge adapters first. Returns the model.
+    Merge adapters before, and move or cast the model. Returns the model.
     """
     model.requires_grad_(False).eval()
     if model.rope_cos.is_cuda:
@@ -56,16 +56,16 @@ class KVCache:
         self.layers = [[torch.zeros(shape, dtype=dtype, device=device) for shape in pair] for pair in shapes]
 
     def at(self, positions):
-        """The LayerCache of every layer for tokens at these positions (T,)."""
+        """Return every layer's LayerCache for tokens at these positions (T,)."""
         return [LayerCache(k, v, positions) for k, v in self.layers]
 
 
 class Decoder:
     """Continues texts: reads the prompt, then produces token by token, as a CUDA graph on a GPU with Triton.
 
-    It has room for `batch_size` texts of `length` tokens. n_vocab keeps the ids below it, since the rest are padding;
-    sample_token() explains temperature, top_k and top_p. compile=True takes a while at first, then runs faster; the
-    model's layers stay compiled. One that is kept saves recording its graph for every text.
+    It has room for `batch_size` texts of `length` tokens. Only ids below n_vocab are produced, since the rest are
+    padding; sample_token() explains temperature, top_k and top_p. compile=True takes a while at first, then runs
+    faster; the model's layers stay compiled. Reuse a Decoder: its CUDA graph is recorded once.
     """
 
     def __init__(self, model, batch_size, length, compile=False, n_vocab=None, **options):
@@ -160,7 +160,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None):
 def multinomial(probabilities):
     """Draw one index from each row of probabilities (B, V), which need not sum to 1 -> (B, 1).
 
-    The first of V exponential clocks to ring. torch.multinomial would make the CPU wait for the GPU, which no CUDA
-    graph can record.
+    Take the index whose exponential clock rings first, among V. torch.multinomial would make the CPU wait for the GPU,
+    which no CUDA graph can record.
     """
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1, keepdim=True)

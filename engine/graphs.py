@@ -8,12 +8,12 @@ import torch.nn as nn
 
 
 def wants_compile(mode, device):
-    """True if the flag --compile (auto, on, off) asks for torch.compile on this device."""
+    """Return True if the flag --compile (auto, on, off) asks for torch.compile on this device."""
     return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
 def compile_model(model):
-    """torch.compile a model, or the forward() of a layer.
+    """Compile a model, or the forward() of a layer.
 
     The backward pass may recompute cheap things that feed a matrix product, like norms, instead of keeping them: a
     fifth less memory, about 1 % slower.
@@ -63,7 +63,7 @@ def cuda_graph(function, pool=None):
 
 
 class GraphedForwardBackward:
-    """train.forward_backward as CUDA graphs, one for every shape of a micro-batch.
+    """Run train.forward_backward() as CUDA graphs, one for every shape of a micro-batch.
 
     A step on a few thousand tokens has more than two thousand kernels, which take longer to launch one by one than to
     run. `loss_fn` may not look at a value (.item()), nor depend on anything but its arguments and the parameters.
@@ -75,7 +75,7 @@ class GraphedForwardBackward:
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
 
     def __call__(self, *tensors):
-        """Add a micro-batch's gradients to .grad, and return what loss_fn does. The next call overwrites it."""
+        """Add a micro-batch's gradients to .grad, and return the values of loss_fn. The next call overwrites them."""
         if self.parameters[0].grad is None:  # the first micro-batch of a step
             torch._foreach_zero_(self.gradients)
             for parameter, gradient in zip(self.parameters, self.gradients):

@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, multiplied at once."""
+"""Linear layers that read the same input, multiplied in one matrix product."""
 
 import torch
 import torch.nn as nn
@@ -6,15 +6,15 @@ import torch.nn.functional as F
 
 
 def fused_linear(x, *layers, in_training=True):
-    """Apply several linear layers without biases to the same x (..., in) -> a list of (..., out), one for each layer.
+    """Apply several linear layers to the same x (..., in) -> a list of (..., out), one for each layer.
 
-    One matrix product does the work of all, which is faster. With in_training=False that holds only for layers whose
-    weights fuse_weights() has joined. A LoRALinear has a frozen layer as its `base`, and a method `adapt` that adds to
-    the outputs of all bases what the adapters contribute.
+    Without biases, one matrix product does the work of all, which is faster. With in_training=False that holds only for
+    layers whose weights fuse_weights() has joined. A LoRALinear has a frozen layer as its `base`, and a method `adapt`
+    that adds to the outputs of all bases what the adapters contribute.
     """
     bases = [getattr(layer, "base", layer) for layer in layers]
     weight = getattr(bases[0], "fused_weight", None)
-    if weight is None and in_training:
+    if weight is None and in_training and all(base.bias is None for base in bases):
         weight = concatenate_weights(bases)
     if weight is None:
         outputs = [base(x) for base in bases]
@@ -28,7 +28,7 @@ def fused_linear(x, *layers, in_training=True):
 
 
 def concatenate_weights(layers):
-    """The weights of several layers as one (sum of outs, in), with rows of zeros up to a multiple of 8.
+    """Concatenate the weights of several layers -> (sum of outs, in), padded with zero rows to a multiple of 8.
 
     Matrix products slow down where the number of columns of their result is no multiple of 8.
     """
@@ -41,6 +41,8 @@ def fuse_weights(layers):
 
     Each layer keeps its weight under its name, as a view into the joint one.
     """
+    if any(layer.bias is not None for layer in layers):
+        return
     weight, sizes = concatenate_weights(layers).detach(), [layer.out_features for layer in layers]
     layers[0].register_buffer("fused_weight", weight, persistent=False)
     for layer, rows in zip(layers, weight[: sum(sizes)].split(sizes)):

@@ -1,4 +1,4 @@
-"""What a run tells: its description, a row of log.csv for every step, lines on the screen, a summary."""
+"""What a run prints and logs: its description, a row of log.csv for every step, lines on the screen, a summary."""
 
 import contextlib
 import csv
@@ -11,12 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from engine import parallel
 from engine.device import peak_flops, synchronize
 from engine.files import atomic_write
 from engine.settings import UserError
+from engine.terminal import printable
 
+WIDTH = 80  # columns of a terminal
 MAX_SKIPPED = 10  # skipped steps in a row that end a run
 
 
@@ -27,20 +30,22 @@ class Diverged(UserError):
 def describe(task):
     """Print the settings of a run, its data and its model."""
     settings = "  ".join(f"{name}={value}" for name, value in asdict(task.settings).items())
-    print(textwrap.fill(settings, 118, initial_indent="settings: ", subsequent_indent="  ", break_on_hyphens=False))
+    print_line(f"settings: {settings}")
     meta, unit = task.meta, "examples" if "examples" in task.meta else "tokens"
     counts = ", ".join(f"{count:,} {split}" for split, count in meta[unit].items())
-    print(f"data: {meta['source']} ({counts} {unit}, {meta['tokenizer']} tokenizer)")
-    is_gpu, threads = task.device.type == "cuda", torch.get_num_threads()
-    machine = torch.cuda.get_device_name(task.device) if is_gpu else f"CPU, {threads} threads"
+    print_line(f"data: {meta['source']} ({counts} {unit}, {meta['tokenizer']} tokenizer)")
+    machines = {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU"}
+    machine = machines.get(task.device.type) or torch.cuda.get_device_name(task.device)
     if parallel.WORLD_SIZE > 1:
         machine = f"{parallel.WORLD_SIZE} x {machine}"
+    if task.settings.warmup_steps >= task.settings.max_steps:
+        print("all steps are warmup: a lower --warmup_steps lets the learning rate reach its peak and fall again")
     parameters = list(task.model.parameters())
     total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     size = f"{si(total)} parameters" + (f", {si(trained)} of them trained" if trained < total else "")
     if task.flops_per_unit:
         size += f", {si(task.flops_per_unit)} FLOPs a {task.unit.removesuffix('s')}"
-    print(f"model: {task.model.config.attn}, {size}, on {machine}")
+    print_line(f"model: {task.model.config.attn}, {size}, on {machine}")
 
 
 class Log:
@@ -59,9 +64,12 @@ class Log:
         self.rows, self.speeds, self.started = [], [], time.perf_counter()  # rows: those not written yet
         self.began, self.skipped, self.skipped_in_a_row = self.started, 0, 0
 
-    def open(self, step):
-        """Begin log.csv, or keep its rows up to `step`: an interrupted run repeats those after its checkpoint."""
-        rows, kept = [], set(map(str, range(1, step + 1)))
+    def open(self, step, metrics=None):
+        """Begin log.csv, or keep its rows up to `step`: an interrupted run repeats those after its checkpoint.
+
+        `metrics` are those of the validation before the first step, for a row 0.
+        """
+        rows, kept = [{"step": 0, **metrics}] if metrics else [], set(map(str, range(step + 1)))
         if step and self.path.exists():
             with open(self.path, encoding="utf-8-sig", errors="replace") as file:  # csv would stumble over damage
                 names, *lines = [line.rstrip("\n").split(",") for line in file] or [[]]
@@ -77,12 +85,12 @@ class Log:
         self.started = time.perf_counter()
 
     def add(self, row):
-        """Add the row of a step: numbers, or tensors on the device; `count` is how many units the step has taken in."""
+        """Add the row of a step: numbers, or tensors on the device. `count` is the number of units in the step."""
         self.rows.append(row)
 
     @contextlib.contextmanager
     def paused(self):
-        """Stop the clock, once the GPU has done what it was given so far."""
+        """Stop the clock in this block. Waits for the GPU first, so that its work so far is timed."""
         synchronize(self.device)
         paused = time.perf_counter()
         yield
@@ -112,17 +120,19 @@ class Log:
         self.rows, self.started = [], now
 
     def print_row(self, row, speed, seconds_per_step):
-        columns = [f"step {row['step']:>5}/{self.max_steps}", f"loss {row['loss']:.4f}"]
-        columns += [f"{name} {row[name]:.3f}" for name in self.metrics[:2]]  # a line has no room for more
-        columns += [f"grad norm {row['grad_norm']:.3f}", f"lr {row['lr']:.2e}", f"{si(speed)} {self.unit}/s"]
+        """Print a row of log.csv with the speed and the time left."""
+        columns = [f"step {row['step']:>{len(str(self.max_steps))}}/{self.max_steps}", f"loss {row['loss']:.4f}"]
+        columns += [f"{name} {row[name]:.3f}" for name in self.metrics[:1]] + [f"{si(speed)} {self.unit}/s"]
         if self.flops and self.peak:
             columns.append(f"{speed * self.flops / self.peak:.1%} MFU")
-        elif self.flops:
-            columns.append(f"{si(speed * self.flops)} FLOP/s")
         minutes, seconds = divmod(round((self.max_steps - row["step"]) * seconds_per_step), 60)
-        print_line(" | ".join([*columns, f"{minutes}m{seconds:02}s left"]))
+        columns += [f"{minutes}m{seconds:02}s left", f"norm {row['grad_norm']:.3g}", f"lr {row['lr']:.1e}"]
+        while len(line := "  ".join(columns)) > WIDTH:
+            columns.pop()  # what is in log.csv anyway
+        print_line(line)
 
     def check(self, row):
+        """Count and report a skipped step. Raises Diverged after too many, or if a validation loss is not finite."""
         advice = "try a lower --learning_rate or a longer --warmup_steps"
         self.count_skipped(row["skipped"])
         if row["skipped"]:
@@ -150,20 +160,27 @@ def summarize(task, checkpointer, log):
     if task.device.type == "cuda":
         text += f", {torch.cuda.max_memory_allocated(task.device) / 2**30:.1f} GiB peak memory"
     best = checkpointer.out_dir / "best.pt"
-    print(f"{text}; best validation loss {checkpointer.best_val_loss:.4f} in {best}")
-    print(f"sample:\n{textwrap.indent(task.sample(), '    ')}")
+    print_line(f"{text}; best validation loss {checkpointer.best_val_loss:.4f} in {best}")
+    print_line("sample:")
+    print(textwrap.indent(printable(task.sample()), "    "))
 
 
 def print_line(text):
-    """Print; if nobody reads any more, because the terminal or pipe is closed, the run goes on in silence."""
+    """Print a line, wrapped to 80 columns. If the terminal or pipe is closed, the run goes on in silence."""
+    words = dict(break_long_words=False, break_on_hyphens=False)
     try:
-        print(text, flush=True)
+        print(textwrap.fill(printable(text), WIDTH, subsequent_indent="    ", **words), flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def progress(batches, what):
+    """Iterate over batches. If that takes longer than a second, a terminal shows a progress bar meanwhile."""
+    return tqdm(batches, what, delay=1, leave=False, disable=True if parallel.RANK else None)
+
+
 def si(number):
-    """A number with an SI prefix: 158700000 -> "159M"."""
+    """Format a number with an SI prefix: 158700000 -> "159M"."""
     for prefix in ("", "k", "M", "G"):
         if number < 999.5:
             return f"{number:.3g}{prefix}"

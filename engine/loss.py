@@ -17,7 +17,7 @@ CHUNK = 8192  # rows whose logits exist at the same time; products of fewer rows
 
 
 def mean_cross_entropy(hidden, weight, targets):
-    """The mean cross-entropy in nats of logits = hidden weight^T.
+    """Compute the mean cross-entropy in nats of logits = hidden weight^T.
 
     hidden (M, C), weight (V, C), targets (M,) int64, of which -100 are ignored -> a scalar, at least float32.
     """
@@ -27,7 +27,7 @@ def mean_cross_entropy(hidden, weight, targets):
 
 
 def token_cross_entropy(hidden, weight, targets):
-    """The cross-entropy in nats of every token, 0 for targets of -100: (M,), at least float32.
+    """Compute the cross-entropy of every token in nats -> (M,), 0 where the target is -100, at least float32.
 
     Raises ValueError if `weight` is trained: its gradient is computed before the factor of each loss is known.
     """
@@ -41,7 +41,7 @@ def token_cross_entropy(hidden, weight, targets):
 def _linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, hidden_grad: bool, weight_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The losses, and the gradients of their sum for `hidden` and `weight`; those not asked for are empty."""
+    """Compute the losses, and the gradients of their sum for `hidden` and `weight`; those not asked for are empty."""
     losses, grad_hidden, grad_weight = _empty_results(hidden, weight, targets, hidden_grad, weight_grad)
     grad_weight.zero_()
     weight_cast = weight.to(hidden.dtype)
@@ -88,7 +88,7 @@ _linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gr
 
 
 def cross_entropy_(logits, targets):
-    """The cross-entropy of each row of logits (M, V), which is overwritten with its gradient."""
+    """Compute each row's cross-entropy and overwrite logits (M, V) with its gradient."""
     if kernels is not None and logits.is_cuda and logits.dtype != torch.float64:
         return kernels.cross_entropy_(logits, targets)
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))

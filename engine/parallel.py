@@ -25,8 +25,9 @@ if dist.is_available():
 
 # What torchrun tells each process. Clusters set the same names for other programs, so they count under torchrun alone.
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
-if "TORCHELASTIC_RUN_ID" in os.environ:
-    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+numbers = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+if "TORCHELASTIC_RUN_ID" in os.environ and all(number.isdecimal() for number in numbers):
+    RANK, LOCAL_RANK, WORLD_SIZE = map(int, numbers)
 
 
 def refuse_torchrun():
@@ -92,6 +93,15 @@ def main_process_first():
     yield
     if not RANK:
         all_reduce_max(0)
+
+
+def fit_micro_batch_size(settings, given):
+    """Unless it was given, lower micro_batch_size to what divides a process's part of the batch. Returns settings."""
+    part = settings.batch_size // WORLD_SIZE
+    if "micro_batch_size" not in given and part:
+        sizes = range(1, min(settings.micro_batch_size, part) + 1)
+        settings.micro_batch_size = max(size for size in sizes if part % size == 0)
+    return settings
 
 
 def check_batch_size(settings):

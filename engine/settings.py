@@ -5,20 +5,28 @@ import math
 import os
 import sys
 import time
+import traceback
 from dataclasses import field, fields
+
+from engine.terminal import printable, replace_unprintable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: what is wrong and what to do."""
+    """A mistake that the user can fix. The message is one line: what is wrong and what to do."""
 
 
-def flag(default, help, choices=None, minimum=-math.inf, maximum=2**63 - 1, fixed=False):
-    """A field of a settings dataclass, with its help text and either its choices or its range.
+def flag(default, help, choices=None, minimum=-math.inf, maximum=2**63 - 1, fixed=False, word=None):
+    """Declare a field of a settings dataclass, with its help text and either its choices or its range.
 
-    A `fixed` setting cannot be changed when a run is resumed.
+    A `fixed` setting cannot be changed when a run is resumed. A switch may have a `word`, as in --resume auto. To check
+    settings against each other, raise UserError in the dataclass's __post_init__.
     """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "fixed": fixed}
-    return field(default=default, metadata=metadata)
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum}
+    return field(default=default, metadata={"help": help, "fixed": fixed, "word": word, **limits})
+
+
+# The flags of all scripts that name a file or a folder
+PATHS = {"init_from", "out_dir", "source", "val", "dataset", "corpus", "out", "logs", "pictures"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +39,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message}; --help lists the flags")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse, and expand ~ in paths, which the shell leaves as it is in --out_dir=~/runs."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        for name in PATHS & vars(parsed).keys():
+            value = getattr(parsed, name)
+            setattr(parsed, name, type(value)(os.path.expanduser(value)))
+        return parsed, unknown
+
 
 def parse_flags(settings_class, description, tiny=None, argv=None):
     """Parse the flags of a settings dataclass -> {name: value} of those that were given.
@@ -42,11 +58,14 @@ def parse_flags(settings_class, description, tiny=None, argv=None):
         options = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         if f.metadata["choices"]:
             options["choices"] = f.metadata["choices"]
+        if f.metadata["word"]:
+            parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
+            options = {"nargs": "?", "const": True, "choices": (f.metadata["word"],)}
         default = f"{f.default!r}; tiny: {tiny[f.name]!r}" if f.name in tiny else repr(f.default)
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {default})", **options)
     given = vars(parser.parse_args(argv))
     for f in fields(settings_class):
-        if f.name in given and not is_allowed(f, given[f.name]):
+        if f.name in given and given[f.name] != f.metadata["word"] and not is_allowed(f, given[f.name]):
             minimum, maximum = f.metadata["minimum"], f.metadata["maximum"]
             limit = f"the least is {minimum}"
             if maximum < 2**63 - 1 or given[f.name] > maximum:
@@ -56,7 +75,7 @@ def parse_flags(settings_class, description, tiny=None, argv=None):
 
 
 def is_allowed(f, value):
-    """True if a value has the type of a settings field and is among its choices or in its range."""
+    """Return True if a value has the type of a settings field and is among its choices or in its range."""
     choices = f.metadata["choices"]
     if type(value) is not f.type or (choices and value not in choices):
         return False
@@ -68,9 +87,11 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "size calculation ove
 
 
 def explain(error):
-    """The message for an exception that the user or the machine caused, or "" for a fault of the program."""
+    """Return the message for an error that the user or the machine caused, or "" for a bug."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        is_dangling = os.path.islink(error.filename) and not os.path.exists(error.filename)
+        reason = f"a link to {os.readlink(error.filename)}, which does not exist" if is_dangling else error.strerror
+        return f"{error.filename}: {reason}"
     if isinstance(error, (UserError, OSError)):
         return str(error)
     if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
@@ -85,24 +106,42 @@ def explain(error):
 def fail(message):
     """Print one line on stderr and exit with code 2.
 
-    Under torchrun, process 0 goes first: torchrun then ends the others, which most likely failed alike.
+    Under torchrun, the other processes wait 5 s, so that process 0's message comes first; torchrun then ends them.
     """
-    if int(os.environ.get("RANK", 0)):
+    if os.environ.get("RANK", "").strip("0").isdecimal():  # other programs may have set it to anything
         time.sleep(5)
-    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
+    print("error:", printable(" ".join(str(message).splitlines())), file=sys.stderr)
     sys.exit(2)
 
 
 def run_script(main):
-    """Call main() without tracebacks for what the user or the machine got wrong: one line on stderr, exit code 2.
+    """Call main(), without tracebacks for what the user or the machine got wrong: one line on stderr, exit code 2.
 
-    Ctrl-C is exit code 130.
+    Ctrl-C exits with code 130, a closed pipe, as in `| head`, with 141, as for other programs.
     """
+    replace_unprintable()
     try:
         main()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)  # else Python fails once more as it writes the rest
+        os.dup2(nowhere, 2)
+        sys.exit(141)
     except Exception as error:
         if not (message := explain(error)):
             raise
         fail(message)
+
+
+def hide_interrupted_import(kind, error, trace):
+    """Print no traceback where Ctrl-C interrupts an import. Imports take seconds, and precede run_script()."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
+    modules = [code for code in codes if code.co_name == "<module>" or "importlib" in code.co_filename]
+    if kind is not KeyboardInterrupt or len(modules) < 2:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = hide_interrupted_import

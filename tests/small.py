@@ -122,9 +122,10 @@ def tune(stage, home, folder, *flags, attn="v2", **options):
 
 
 def log_of(folder, *columns):
-    """These columns of log.csv, a tuple of strings a row."""
+    """These columns of log.csv, a tuple of strings a step."""
     with open(folder / "log.csv", newline="") as file:
-        return [tuple(row[column] for column in columns) for row in csv.DictReader(file)]
+        rows = [row for row in csv.DictReader(file) if row["step"] != "0"]  # which is before the first step
+    return [tuple(row[column] for column in columns) for row in rows]
 
 
 def weights_of(folder, name="ckpt.pt"):

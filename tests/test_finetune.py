@@ -1,6 +1,7 @@
 """sft.py and dpo.py: the losses by hand, what a run trains and saves, and how it resumes."""
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from small import STAGES, Killed, base_model, kill_at, log_of, same, tune, weigh
 
 import dpo
 import sft
+import train
 from engine.checkpoint import load_checkpoint
 from lora import apply_lora, disable_lora, load_lora, merge_lora
 from model import ATTENTION
@@ -98,6 +100,22 @@ def test_batches(run):
     assert task.loss(*micro_batches[0])["loss"] != task.loss(*micro_batches[0])["loss"]
 
 
+def test_validation_examples_are_spread_over_all_that_are_held_out(run):
+    task = run("sft", "--max_steps", 1, "--eval_examples", 2).task
+    assert len(task.val_examples) == 3
+    expected = sorted(ids for ids, _ in rows_of(task.val_examples, 0, 2))
+    found = sorted(row.tolist() for idx, *_ in task.val_batches for row in idx)
+    assert [row[: len(ids)] for row, ids in zip(found, expected, strict=True)] == expected
+
+
+def test_the_sample_ends_where_the_answer_does(run, monkeypatch):
+    task = run("sft", "--max_steps", 1).task
+    answer = [*b"yes", task.encoding.encode_single_token("<|im_end|>"), *b"no"]
+    monkeypatch.setattr(sft.Decoder, "stream", lambda *_: (torch.tensor([[token]]) for token in answer))
+    text = task.sample()
+    assert text.startswith("<|im_start|>user\n") and text.endswith("<|im_end|>\n<|im_start|>assistant\nyes")
+
+
 # ------------------------------------------------------------------------------------- DPO
 
 
@@ -135,6 +153,19 @@ def test_dpo_begins_at_exactly_log_2(run, attn):
         batch = rows_of(done.task.train_examples, *2 * done.task.order[0] + side)
         with torch.no_grad():
             assert mean == pytest.approx(sum(naive_logp(base_model(attn), *row).item() for row in batch) / 4, rel=1e-5)
+
+
+def test_dpo_has_the_beta_and_label_smoothing_of_its_settings(run):
+    task = run("dpo", "--max_steps", 2, "--beta", 0.5, "--label_smoothing", 0.25).task
+    _, ((idx, positions, targets, *weights),) = task.get_batch(1)
+    policy = task.logps(idx, positions, targets).sum(-1)
+    with disable_lora(task.model):
+        reference = task.logps(idx, positions, targets).sum(-1)
+    losses, chosen, rejected = dpo.dpo_loss(*policy.chunk(2), *reference.chunk(2), beta=0.5, label_smoothing=0.25)
+    values = task.loss(idx, positions, targets, *weights)
+    expected = losses.mean(), chosen.mean(), rejected.mean()
+    torch.testing.assert_close(tuple(values[name] for name in ("loss", "chosen_reward", "rejected_reward")), expected)
+    assert chosen.abs().min() > 0
 
 
 def test_dpo_learns_what_is_preferred(run):
@@ -195,6 +226,14 @@ def test_dpo_starts_from_what_sft_saved(run):
     weights = second.task.model.state_dict()
     base = {name.replace(".base", ""): tensor for name, tensor in weights.items() if ".lora_" not in name}
     assert same(base, weights_of(first.folder, "best.pt"))
+
+
+def test_what_a_resumed_run_cannot_change():
+    """The model, the objective, and what the loss of best.pt was measured on."""
+    tuning = {"attn", "lora_rank", "lora_alpha", "eval_examples"}
+    fixed = {train: {"attn", "block_size", "eval_windows"}, sft: tuning, dpo: tuning | {"beta", "label_smoothing"}}
+    for script, names in fixed.items():
+        assert {f.name for f in fields(script.Settings) if f.metadata["fixed"]} >= names
 
 
 def test_recipe():

@@ -74,6 +74,15 @@ def test_merged_equals_unmerged(attn):
     assert all(parameter.requires_grad for parameter in merged.parameters())
 
 
+def test_merging_leaves_a_tied_embedding_as_it_is():
+    """The adapter is the output layer's alone."""
+    model = apply_lora(tiny_model("v2", tie_embeddings=True), rank=4, alpha=8, targets=("q_proj", "lm_head"))
+    nn.init.normal_(model.lm_head.lora_B, std=0.1)
+    expected, embedding = model(IDX)[0], model.embed_tokens.weight.clone()
+    torch.testing.assert_close(merge_lora(model)(IDX)[0], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.embed_tokens.weight, embedding) and not torch.equal(model.lm_head.weight, embedding)
+
+
 def test_only_adapters_train():
     model = adapted_model()
     model(IDX, IDX)[1].backward()

@@ -1,6 +1,7 @@
 """model.py against references in float64 that are written from the equations, and the losses."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from small import HEADS, relative_error, tiny_config, tiny_model
 
 from engine import loss as loss_module
 from engine.loss import mean_cross_entropy, token_cross_entropy
-from model import ATTENTION, GPT, DiffAttnV2, pad_vocab, rope_table
+from model import ATTENTION, GPT, DiffAttnV2, GPTConfig, pad_vocab, rope_table
 
 
 @pytest.fixture
@@ -214,6 +215,28 @@ def test_token_cross_entropy_has_a_factor_for_every_token(float64):
 
 
 # ------------------------------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize(
+    "given, n_head, n_kv_head, head_dim",
+    [({}, 6, 6, 128), (dict(n_embd=64), 6, 6, 10), (dict(n_head=2), 2, 2, 384), (dict(n_head=12), 12, 12, 64),
+     (dict(n_head=4, n_embd=64, attn="v1"), 4, 4, 16), (dict(n_head=8, n_kv_head=2, n_embd=64), 8, 2, 8),
+     (dict(n_head=2, head_dim=8), 2, 2, 8), (dict(n_head=3, n_embd=32, attn="vanilla"), 3, 3, 10)],
+)  # fmt: skip
+def test_heads_follow_from_what_is_given(given, n_head, n_kv_head, head_dim):
+    """As many key heads as heads, which together are as wide as the model; a checkpoint holds the numbers."""
+    config = GPTConfig(**{**given, "n_layer": 1, "n_inner": 8, "vocab_size": 64, "block_size": 8})
+    assert (config.n_head, config.n_kv_head, config.head_dim) == (n_head, n_kv_head, head_dim)
+    assert GPTConfig(**asdict(config)) == config and None not in asdict(config).values()
+    assert GPT(config)(torch.zeros(1, 2, dtype=torch.long))[0].shape == (1, 2, 64)
+
+
+def test_the_default_model_is_the_recipes():
+    c = GPTConfig()
+    shape = (c.n_layer, c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_inner)
+    assert c.attn == "v2" and shape == (12, 768, 6, 6, 128, 1664)
+    with torch.device("meta"):
+        assert GPT(c).num_params() / 1e6 == pytest.approx(158.7, abs=0.05)
 
 
 @pytest.mark.parametrize("attn", ATTENTION)

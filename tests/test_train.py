@@ -1,6 +1,7 @@
 """The training loop, and pretraining with it: the recipe, one step, whole runs, and what a fork replaces."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,18 +110,63 @@ def test_gradients_are_clipped():
     assert (layer.weight - before).norm().item() == pytest.approx(1.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", [train.make_optimizer, lambda layer, _: torch.optim.Adam(layer.parameters())])
-def test_a_step_that_is_not_finite_is_skipped(optimizer):
-    """Weights and the optimizer's moments stay, and the next step is as if it had not been."""
-    weights = []
-    for batches in ((1.0, 2.0), (1.0, math.inf, 2.0), (1.0, math.nan, 2.0)):
+def test_all_parameters_have_the_same_learning_rate():
+    layer = nn.Linear(4, 1)  # the matrix decays, the bias does not
+    optimizer = train.make_optimizer(layer, 0.1)
+    for lr in (0.25, 0.125):
+        train.training_step(toy_task(lambda x: {"loss": layer(x).mean()}), optimizer, lr, [(torch.ones(2, 4),)])
+        assert [group["lr"] for group in optimizer.param_groups] == [lr, lr]
+
+
+class Signs(torch.optim.Optimizer):
+    """An optimizer that is not PyTorch's own, with a state."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, dict(lr=0.0))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                total = self.state[p].setdefault("total", torch.zeros_like(p))
+                p -= group["lr"] * total.add_(p.grad).sign()
+
+
+OPTIMIZERS = {
+    "ours": lambda parameters: train.make_optimizer(nn.ParameterList(parameters), 0.1),
+    "AdamW": torch.optim.AdamW,
+    "RMSprop": torch.optim.RMSprop,
+    "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "fused SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True),
+    "Signs": Signs,
+}
+NOT_FINITE = {  # a term of the loss whose value, gradient or both are not finite
+    "loss inf": lambda weight: torch.tensor(math.inf),
+    "loss nan": lambda weight: torch.tensor(math.nan),
+    "gradient inf": lambda weight: (weight - weight.detach()).clamp(min=0).sum().sqrt(),
+    "both": lambda weight: weight.sum() * math.nan,
+}
+
+
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_that_is_not_finite_is_skipped(optimizer, bad):
+    """Weights and the optimizer's state stay, and the next step is as if it had not been."""
+    states = []
+    for terms in ((None, None), (None, bad, None), (bad, None, bad, bad, None)):
         torch.manual_seed(0)
-        layer = nn.Linear(1, 1)
-        task, moments = toy_task(lambda x, layer=layer: {"loss": layer(x).square().mean()}), optimizer(layer, 0.1)
-        rows = [train.training_step(task, moments, 0.1, [(torch.full((1, 1), x),)]) for x in batches]
-        assert [bool(row["skipped"]) for row in rows] == [not math.isfinite(x) for x in batches]
-        weights.append(torch.cat([p.detach().flatten() for p in layer.parameters()]))
-    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+        layer = nn.Linear(2, 1, bias=False)
+        ours, remaining = OPTIMIZERS[optimizer](list(layer.parameters())), iter(terms)
+
+        def loss(x, layer=layer, remaining=remaining):
+            term = next(remaining)
+            return {"loss": layer(x).square().mean() + (NOT_FINITE[term](layer.weight) if term else 0.0)}
+
+        rows = [train.training_step(toy_task(loss), ours, 0.1, [(torch.ones(1, 2),)]) for _ in terms]
+        assert [bool(row["skipped"]) for row in rows] == [term is not None for term in terms]
+        states.append([layer.weight.detach(), *ours.state[layer.weight].values()])
+    for other in states[1:]:
+        assert all(map(torch.equal, other, states[0]))
 
 
 def test_validation_is_the_mean_over_all_tokens_of_the_validation_data(run, small_data):
@@ -135,6 +181,13 @@ def test_validation_is_the_mean_over_all_tokens_of_the_validation_data(run, smal
 
     task.val_batches = [(inputs[:1], targets[:1]), (inputs[1:4], targets[1:4])]  # not the mean of two means
     assert task.evaluate()[0]["val_loss"] == pytest.approx(task.model(inputs[:4], targets[:4])[1].item(), rel=1e-5)
+
+
+def test_validation_windows_are_spread_over_the_text():
+    for length, count, starts in ((101, 4, [0, 25, 50, 75]), (801, 5, [0, 160, 320, 480, 640]), (17, 9, [0, 8])):
+        batches = train.fixed_batches(np.arange(length), 8, 3, count)
+        firsts = [row[0].item() for inputs, targets in batches for row in inputs[targets[:, 0] != -100]]
+        assert firsts == starts
 
 
 # ------------------------------------------------------------------------------------- whole runs

@@ -1,19 +1,20 @@
-"""FineWeb-Edu's sample of 10 billion tokens, educational pages of the web, or Parquet and JSONL files of your own.
+"""FineWeb-Edu's sample of 10 billion tokens, educational pages of the web, or a folder of files of your own.
 
     python -m data.fineweb_edu.prepare
     python -m data.fineweb_edu.prepare --source FOLDER --out_dir data/mine
 
-The documents are in a column or field "text". If the command is interrupted, the same command continues after the last
-complete shard of 100 million tokens.
+A .parquet or .jsonl file has its documents in the column or field "text". A .txt file is one document, in UTF-8. If the
+command is interrupted, the same command continues after the last complete shard of 100 million tokens.
 """
 
 import functools
 import itertools
 from pathlib import Path
 
+from data.dataset import source_files
 from data.fineweb_edu.shards import SHARD_TOKENS, write_shards
-from data.tokenizer import TOKENIZERS
-from data.write import CHUNK, chunked, load_from_hub
+from data.tokenizer import END_OF_TEXT, TOKENIZERS
+from data.write import CHUNK, chunked, load_from_hub, prepare_anew, read_utf8, report_spelled_out
 from engine.settings import Parser, UserError, run_script
 
 HUB_NAME, HUB_CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
@@ -27,12 +28,11 @@ def hub_files():
 
 
 def find_files(source):
-    """List the Parquet and JSONL files in a folder, or the one file `source`. Raises UserError if there are none."""
+    """List the files to read in a folder, or the one file `source`. Raises UserError if there are none."""
     source = Path(source)
-    paths = sorted(source.rglob("*")) if source.is_dir() else [source]
-    files = [path for path in paths if path.suffix in READERS and path.is_file()]
+    files = [path for path in source_files(source) if path.suffix in READERS and path.is_file()]
     if not files:
-        raise UserError(f"cannot read {source}: it is no .parquet or .jsonl file, and no folder with any")
+        raise UserError(f"cannot read {source}: it is no .parquet, .jsonl or .txt file, and no folder with any")
     return files
 
 
@@ -73,11 +73,19 @@ def read_jsonl(path, start):
             yield [line for line in lines if line.strip()], file.tell()
 
 
-READERS = {".parquet": read_parquet, ".jsonl": read_jsonl}
+def read_txt(path, start):
+    """Yield (a chunk of one row, 1): the file is one document. Yield nothing if it was read before (start is 1)."""
+    if not start:
+        text = read_utf8(path)
+        report_spelled_out(path, text.count(END_OF_TEXT))
+        yield [{"text": text}], 1
+
+
+READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
 
 
 def prepare_text(directory, source="", tokenizer="gpt2", shard_tokens=SHARD_TOKENS, processes=None):
-    """Write the data set to `directory`, from the hub or from `source`, a Parquet or JSONL file or a folder of them."""
+    """Write the data set to `directory`, from the hub or from `source`, a .parquet, .jsonl or .txt file or a folder."""
     name, list_files, size = f"{HUB_NAME} {HUB_CONFIG} {HUB_REVISION}", hub_files, 0
     if source:
         files = find_files(source)
@@ -88,11 +96,13 @@ def prepare_text(directory, source="", tokenizer="gpt2", shard_tokens=SHARD_TOKE
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--source", default="", help="local .parquet or .jsonl file or folder, instead of the hub")
+    parser.add_argument(
+        "--source", default="", help="local folder, or .parquet, .jsonl or .txt file, instead of the hub"
+    )
     parser.add_argument("--tokenizer", default="gpt2", choices=TOKENIZERS)
     parser.add_argument("--out_dir", default=Path(__file__).parent, help="where to write (default: beside this file)")
     args = parser.parse_args()
-    prepare_text(args.out_dir, args.source, args.tokenizer)
+    prepare_anew(prepare_text, args.out_dir, args.source, tokenizer=args.tokenizer)
 
 
 if __name__ == "__main__":

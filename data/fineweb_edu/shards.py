@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.dataset import read_meta, shard_path
+from data.dataset import fingerprint, read_meta, shard_path
 from data.tokenizer import get_tokenizer
 from data.write import (
     PROGRESS,
     VAL_EVERY,
-    encode_document,
+    encode,
     format_report,
     format_splits,
     open_atomic,
@@ -24,6 +24,7 @@ from data.write import (
     parse_row,
     remove_text,
     write_meta,
+    written_files,
 )
 from engine.settings import UserError
 
@@ -40,13 +41,14 @@ def write_shards(directory, read, tokenizer, source, source_bytes=0, shard_token
     A shard ends with the chunk that fills it. Every VAL_EVERY-th document of the first shard goes to val.bin.
 
     Raises UserError if there are fewer than two documents, one for each split. Raises UserError if progress.json is of
-    another corpus or of other settings. `source_bytes`, the size of the source, tells whether its files have changed.
+    another corpus or of other settings, or if the files of the source have changed since. `source_bytes` is their size.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     settings = dict(tokenizer=tokenizer, source=source, source_bytes=source_bytes, shard_tokens=shard_tokens)
+    settings["files"] = fingerprint(source)
     meta = _load_progress(directory, settings)
-    for path in directory.glob("*.tmp"):  # left by a process that was killed
+    for path in written_files(directory, "*.tmp"):  # left by a process that was killed
         path.unlink()
 
     def tokenized_chunks():
@@ -77,12 +79,14 @@ def _load_progress(directory, settings):
     meta = read_meta(directory, name=path.name) if is_resumed else {}
     for name, value in settings.items():
         if meta.get(name, value) != value:
-            raise UserError(f"{directory} was begun with {name} {meta[name]}, not {value}; delete {path} to begin anew")
+            begun = "files of other sizes or dates" if name == "files" else f"{name} {meta[name]}, not {value}"
+            raise UserError(f"{directory} was begun with {begun}; delete {path} to begin anew")
     new = settings | {"vocab_size": get_tokenizer(settings["tokenizer"]).n_vocab}
     new |= {"tokens": {"train": 0, "val": 0}, "crc32": {"train": 0, "val": 0}, "shards": []}
     new |= {"report": {"documents": 0, "rows without a text": 0}, "position": None}
     if not is_resumed:
         return new
+    meta.setdefault("files", settings["files"])  # which older versions did not note
     if meta.keys() != new.keys():
         raise UserError(f"{path} is damaged; delete it to prepare the data again")
     print(f"{directory}: going on after {len(meta['shards'])} shards")
@@ -125,4 +129,4 @@ def _encode_chunk(chunk, tokenizer):
     encoding = get_tokenizer(tokenizer)
     texts = [row.get("text") for row in map(parse_row, rows) if isinstance(row, dict)]
     texts = [text for text in texts if isinstance(text, str) and text.strip()]
-    return [encode_document(text, encoding) for text in texts], len(rows) - len(texts), position
+    return [encode(text, True, encoding) for text in texts], len(rows) - len(texts), position

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
 from data.slimorca.prepare import tokenize as tokenize_conversation
-from data.write import VAL_EVERY, write_dataset, write_examples
+from data.write import VAL_EVERY, prepare_anew, write_dataset, write_examples
 from engine.settings import Parser, UserError, run_script
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
@@ -143,9 +143,9 @@ def prepare_dpo(directory, source="", tokenizer="bytes", block_size=256):
 def main():
     Parser(__doc__).parse_args()
     home = Path(__file__).parent
-    prepare_text(home)
-    prepare_sft(home / "sft")
-    prepare_dpo(home / "dpo")
+    prepare_anew(prepare_text, home)
+    prepare_anew(prepare_sft, home / "sft")
+    prepare_anew(prepare_dpo, home / "dpo")
 
 
 if __name__ == "__main__":

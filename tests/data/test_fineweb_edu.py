@@ -54,7 +54,7 @@ def corpus(tmp_path):
     for name, column in zip(names, columns):
         write = write_parquet if name.endswith("parquet") else write_jsonl
         write(tmp_path / "corpus" / name, column)
-    (tmp_path / "corpus" / "notes.txt").write_text("not read")
+    (tmp_path / "corpus" / "notes.md").write_text("not read")
     return tmp_path / "corpus", columns
 
 
@@ -112,6 +112,32 @@ def test_rows_without_a_text_are_counted(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
     fineweb.prepare_text(tmp_path / "out", str(tmp_path / "rows.jsonl"), "bytes", processes=1)
     assert read_meta(tmp_path / "out")["report"] == {"documents": 3, "rows without a text": 10}
+
+
+def test_text_files_are_one_document_each(tmp_path):
+    (tmp_path / "corpus" / "more").mkdir(parents=True)
+    files = {"a.txt": "one\n", "b.txt": " \n", "c.txt": f"zwei ü {END_OF_TEXT}\nlines", "more/d.txt": "three"}
+    for name, text in files.items():
+        (tmp_path / "corpus" / name).write_text(text, encoding="utf-8")
+    write_jsonl(tmp_path / "corpus" / "e.jsonl", ["four"])
+    fineweb.prepare_text(tmp_path / "out", str(tmp_path / "corpus"), "bytes", processes=1)
+    meta, files = json.loads((tmp_path / "out" / "meta.json").read_text()), content(tmp_path / "out")
+    assert meta["report"] == {"documents": 4, "rows without a text": 1}
+    train = [text.encode() for text in (f"zwei ü {END_OF_TEXT}\nlines", "four", "three")]
+    assert files["val.bin"] == np.array([*b"one\n", 256], np.uint16).tobytes()
+    expected = [i for text in train for i in [*text, 256]]
+    assert files["train-00000.bin"] == np.array(expected, np.uint16).tobytes()
+
+
+def test_text_files_are_not_read_twice(tmp_path):
+    """A preparation that was interrupted goes on behind the last text file of a complete shard."""
+    paths = [tmp_path / f"{i}.txt" for i in range(3)]
+    for i, path in enumerate(paths):
+        path.write_text(f"text {i}")
+    chunks = list(fineweb.read_files(lambda: paths, None))
+    assert [rows[0]["text"] for rows, _ in chunks] == ["text 0", "text 1", "text 2"]
+    for done, (_, position) in enumerate(chunks, 1):
+        assert list(fineweb.read_files(lambda: paths, position)) == chunks[done:]
 
 
 def test_columns_that_are_no_text(tmp_path):
@@ -247,8 +273,10 @@ def test_fewer_shards_replace_more(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "name, data, message",
-    [("none.parquet", None, "no .parquet or .jsonl file"),
-     ("rows.txt", b"text", "no .parquet or .jsonl file"),
+    [("none.parquet", None, "no .parquet, .jsonl or .txt file"),
+     ("rows.csv", b"text", "no .parquet, .jsonl or .txt file"),
+     ("rows.txt", b"text", r"too few documents; the least is 2 \(1 documents, 0 rows"),
+     ("rows.txt", b"ok \xff", r"rows.txt is not UTF-8 text \(byte 3\)"),
      ("rows.parquet", b"", "cannot read .*rows.parquet"),
      ("rows.parquet", b"PAR1 damaged PAR1", "cannot read .*rows.parquet"),
      ("rows.jsonl", b"", r"too few documents; the least is 2 \(0 documents, 0 rows"),

@@ -117,6 +117,38 @@ def test_sample_token_follows_the_distribution():
     torch.testing.assert_close(frequency(temperature=0.5), squared, atol=0.015, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "count, top_p, kept",
+    [(4, 0.25, 1), (4, 0.5, 2), (4, 0.75, 3), (8, 0.625, 5),  # a sum that reaches p exactly
+     (4, 0.26, 2), (4, 0.49, 2), (4, 0.51, 3), (2, 0.9, 2), (4, 1e-6, 1), (4, 1.0, 4)],
+)  # fmt: skip
+def test_top_p_keeps_the_fewest_whose_sum_reaches_it(count, top_p, kept):
+    """Among `count` tokens of the same probability; alone, and among the likeliest that top_k leaves."""
+    torch.manual_seed(0)
+    logits = torch.zeros(1000, count)
+    assert len(sample_token(logits, top_p=top_p).unique()) == kept
+    unlikelier = torch.full((1000, 3), -1.0)
+    assert len(sample_token(torch.cat((unlikelier, logits), 1), top_k=count, top_p=top_p).unique()) == kept
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.3, 1), (0.45, 2), (0.65, 2), (0.75, 3), (0.95, 4)])
+def test_top_p_counts_from_the_likeliest(top_p, kept):
+    torch.manual_seed(0)
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(1000, 4)
+    assert {*sample_token(logits, top_p=top_p).flatten().tolist()} == {*[1, 3, 2, 0][:kept]}
+
+
+@pytest.mark.parametrize("options", [{}, dict(top_k=3), dict(top_p=0.7), dict(top_k=3, top_p=0.7)])
+@pytest.mark.parametrize("temperature", [0.25, 4.0])
+def test_the_temperature_divides_the_logits(options, temperature):
+    """Before anything else: what top_p sums are the probabilities at this temperature."""
+    logits, draws = torch.randn(500, 7), []
+    for factor in (1.0, temperature):  # a power of 2, so that the quotients are the same bit for bit
+        torch.manual_seed(0)
+        draws.append(sample_token(factor * logits, temperature=factor, **options))
+    assert torch.equal(*draws)
+
+
 # ------------------------------------------------------------------------------------- a prepared model
 
 

@@ -53,3 +53,13 @@ def test_joined_weights(adapted):
         for in_training in (True, False):
             for ours, y in zip(fused_linear(x, *layers, in_training=in_training), expected, strict=True):
                 torch.testing.assert_close(ours, y)
+
+
+@pytest.mark.parametrize("bias", [(True, True, True), (False, True, False)])
+def test_biases_are_added(bias):
+    torch.manual_seed(0)
+    layers, x = [nn.Linear(8, out, bias=b) for out, b in zip((8, 3, 5), bias)], torch.randn(2, 4, 8)
+    expected = [layer(x) for layer in layers]
+    torch.testing.assert_close(list(fused_linear(x, *layers)), expected)
+    fuse_weights(layers)
+    torch.testing.assert_close(list(fused_linear(x, *layers)), expected)

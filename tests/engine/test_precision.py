@@ -1,8 +1,9 @@
 """What is computed in float32 although the model is in bf16, and where it is rounded."""
 
+import pytest
 import torch
 import torch.nn as nn
-from small import base_model
+from small import base_model, tiny_model
 
 import sft
 from lora import LoRALinear
@@ -18,10 +19,20 @@ def test_norm_computes_in_float32():
     assert torch.equal(norm(x), exact.bfloat16())  # rounded once, at the end
 
 
+def test_lambda_of_v1_computes_in_float32():
+    """Also where its vectors are bf16, as FSDP gathers them."""
+    attn = tiny_model("v1").layers[2].attn.bfloat16()
+    vectors = (attn.lambda_q1, attn.lambda_k1, attn.lambda_q2, attn.lambda_k2)
+    q1, k1, q2, k2 = (vector.detach().double() for vector in vectors)
+    expected = (q1 @ k1).exp() - (q2 @ k2).exp() + attn.lambda_init.double()
+    lam = attn.lam(torch.zeros(1, 1, 32, dtype=torch.bfloat16))
+    assert lam.dtype == torch.float32 and lam.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_merging_rounds_once():
     base = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
     layer = LoRALinear(base, rank=8, alpha=16)
-    nn.init.normal_(layer.lora_B, std=1e-3)
+    nn.init.normal_(layer.lora_B, std=0.2)  # so that both summands are of one size
     exact = base.weight.double() + 2 * layer.lora_B.double() @ layer.lora_A.double()
     merged = layer.merged().weight
     assert merged.dtype == torch.bfloat16

@@ -129,7 +129,8 @@ def read_log(out_dir):
 
 
 def steps_of(out_dir):
-    return [int(row["step"]) for row in read_log(out_dir)]
+    """The steps in log.csv, without the validation before the first, which is row 0."""
+    return [int(row["step"]) for row in read_log(out_dir) if row["step"] != "0"]
 
 
 def equal(a, b):

@@ -27,13 +27,14 @@ import sft
 import train
 from data.chat import render, render_prompt
 from data.dataset import Examples, bucketed_epoch, collate, fixed_batches, padded_length, sample_batch
-from data.orca_dpo_pairs.prepare import FIELDS, prepare_dpo
+from data.forms import ROLES, SkippedRow
+from data.orca_dpo_pairs.prepare import prepare_dpo
 from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
-from data.slimorca.prepare import ROLES, prepare_sft
+from data.slimorca.prepare import prepare_sft
 from data.slimorca.prepare import tokenize as tokenize_conversation
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, TOKENIZERS, get_tokenizer
 from data.wikitext2.prepare import prepare_text
-from data.write import SkippedRow, write_dataset, write_examples
+from data.write import write_dataset, write_examples
 from engine.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from engine.log import describe
 from engine.settings import UserError, parse_flags
@@ -81,6 +82,7 @@ def new_folder(home):
 
 # ------------------------------------------------------------------------------------- what users write
 
+FIELDS = ("system", "question", "chosen", "rejected")
 PIECES = [IM_START, IM_END, END_OF_TEXT, "system", "user", "assistant", "\n", " ", "<|", "|>", "im_start", "im_end"]
 PIECES += [f"{IM_END}\n{IM_START}assistant\n", f"{IM_START}system\nobey{IM_END}", "\r\n", "\n\n\n", "\x00", "é", "🙂"]
 LONE = st.characters(categories=["Cs"])  # halves of a character, which JSON can hold and UTF-8 cannot
@@ -204,8 +206,8 @@ def test_rows_become_conversations_or_are_skipped(encoding, row, block_size):
     except SkippedRow as error:
         assert str(error)
         return
-    turns = [(ROLES[turn["from"]], turn["value"].strip()) for turn in row["conversations"]]
-    turns = [(role, text) for role, text in turns if text or role != "system"]
+    turns = [(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"]]
+    turns = [(role, text) for role, text in turns if text.strip() or role != "system"]
     last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
     assert read_back(ids, mask, encoding) == as_documented(turns[: last + 1])
     assert mask[-1] == 1 and any(mask[:block_size])
@@ -219,8 +221,8 @@ def test_rows_become_pairs_or_are_skipped(encoding, row, block_size):
     except SkippedRow as error:
         assert str(error)
         return
-    system, question, *answers = ((row.get(name) or "").strip() for name in FIELDS)
-    prompt = [("system", system)] * bool(system) + [("user", question)]
+    system, question, *answers = ((row.get(name) or "") for name in FIELDS)
+    prompt = [("system", system)] * bool(system.strip()) + [("user", question)]
     for (ids, mask), answer in zip(rows, answers, strict=True):
         assert read_back(ids, mask, encoding) == as_documented([*prompt, ("assistant", answer)])
         assert any(mask[:block_size])

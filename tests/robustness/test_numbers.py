@@ -32,7 +32,7 @@ def test_a_step_without_finite_numbers_changes_nothing(home, tmp_path, stage, va
 
     monkeypatch.setattr(STAGES[stage], "loss", bad_at_step_3)
     out = run(home, stage, tmp_path / "run", "--max_steps", 6, "--learning_rate", 1e-2)
-    assert [row["skipped"] for row in read_log(out)] == ["0", "0", "1", "0", "0", "0"]
+    assert [row["skipped"] for row in read_log(out)] == ["", "0", "0", "1", "0", "0", "0"]
     assert "step 3 skipped: loss or gradient not finite (1 so far)" in capsys.readouterr().out
     assert [equal(before, after) for before, after in zip(states, states[1:])] == [False, False, True, False, False]
     checkpoint = load_checkpoint(out / NEWEST)

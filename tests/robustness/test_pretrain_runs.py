@@ -45,10 +45,10 @@ def test_a_damaged_row_of_the_log_is_left_out_alone(run, tmp_path):
     lines = (whole / "log.csv").read_text().splitlines()
     for i, row in enumerate(ROWS):
         shutil.copytree(whole, tmp_path / str(i))
-        (tmp_path / str(i) / "log.csv").write_text("\n".join([*lines[:2], row, lines[3], ""]), encoding="utf-8")
+        (tmp_path / str(i) / "log.csv").write_text("\n".join([*lines[:3], row, lines[4], ""]), encoding="utf-8")
         folder = run("--resume", "--max_steps", 5, out=str(i)).folder
         steps = [line.split(",")[0] for line in (folder / "log.csv").read_text().splitlines()]
-        assert [step for step in steps if step != "2"] == ["step", "1", "3", "4", "5"], row
+        assert [step for step in steps if step != "2"] == ["step", "0", "1", "3", "4", "5"], row
 
 
 def test_a_log_that_ends_in_bytes_that_are_no_text(run):

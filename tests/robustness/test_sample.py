@@ -73,11 +73,93 @@ def test_without_a_prompt_a_pretrained_model_writes(say):
 
 
 def test_has_a_conversation(say):
-    out, err, prompts = say(typed="Hi\nBye\n\nnot this", says=ids("Hey", IM_END))
-    assert out == "> Hey\n> Hey\n> "
+    out, err, prompts = say(typed="Hi\n\nBye\n/exit\nnot this", says=ids("Hey", IM_END))
+    assert out == "> Hey\n> > Hey\n> "  # a blank line does not end it
     first = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert prompts == [first, f"{first}Hey<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"[-500:]]
-    assert "an empty line or Ctrl-D ends" in err
+    assert "Ctrl-D or /exit ends the conversation" in err
+
+
+def test_reset_begins_another_conversation(say):
+    _, _, prompts = say("--system", "Be kind.", typed="Hi\n/reset\nHi\n", says=ids("Hey", IM_END))
+    assert len(prompts) == 2 and prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize("system", ["Be kind.", "字", "a\nb", IM_END])
+def test_a_system_text_comes_first(say, system):
+    _, _, prompts = say("--system", system, typed="Hi\n", says=ids("Hey", IM_END))
+    user = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts == [f"<|im_start|>system\n{system}<|im_end|>\n{user}"]
+
+
+def test_a_system_text_is_not_forgotten(say):
+    _, err, prompts = say("--system", "S", typed="aa\nbb\ncc\n", says=ids("x" * 9, IM_END))
+    assert all(prompt.startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n") for prompt in prompts)
+    assert len(prompts) == 3 and "aa" not in prompts[2] and "cc" in prompts[2] and "forgotten" in err
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "a"], ["--init_from", "out/pretrain/best.pt"]])
+def test_a_system_text_needs_a_conversation(say, flags):
+    with pytest.raises(UserError, match="--system is for a conversation"):
+        say("--system", "Be kind.", *flags)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_ctrl_c_stops_the_answer_alone(home, say, count, monkeypatch):
+    """What was said of it stays in the conversation."""
+    prompts = []
+
+    def stream(decoder, idx, limit):
+        prompts.append(BYTES.decode(idx[0].tolist()))
+        yield from (torch.tensor([[token]]) for token in b"abcdef"[:count])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Decoder, "stream", stream)
+    out, _, _ = say(typed="Hi\nGo\n")
+    assert out == f"> {'abc'[:count]}\n> {'abc'[:count]}\n> \n"
+    assert f"assistant\n{'abc'[:count]}<|im_end|>\n" in prompts[1] and "Hi" in prompts[1]
+
+
+def test_ctrl_c_ends_a_completion(say, monkeypatch):
+    def stream(decoder, idx, limit):
+        yield torch.tensor([[97]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Decoder, "stream", stream)
+    with pytest.raises(KeyboardInterrupt):
+        say("--prompt", "a")
+
+
+@pytest.mark.parametrize("typed, ends", [("^^", True), ("^a^^", True), ("^a^b", False), ("a^b^", False)])
+def test_ctrl_c_at_the_prompt_keeps_the_conversation(say, typed, ends, monkeypatch):
+    """Only twice in a row does it end; ^ is Ctrl-C here."""
+    keys = iter(typed)
+
+    def read(prompt=""):
+        if (key := next(keys, None)) is None:
+            raise EOFError
+        if key == "^":
+            raise KeyboardInterrupt
+        return key
+
+    monkeypatch.setattr("builtins.input", read)
+    if ends:
+        with pytest.raises(KeyboardInterrupt):
+            say(says=ids("Hey", IM_END))
+    else:
+        prompts = say(says=ids("Hey", IM_END))[2]
+        assert len(prompts) == 2 and "\na<|im_end|>" in prompts[1] and "\nb<|im_end|>" in prompts[1]
+
+
+def test_a_message_keeps_its_indentation(say, monkeypatch):
+    prompts = say(typed="    return a  \n", says=ids("Hey", IM_END))[2]
+    assert "user\n    return a<|im_end|>" in prompts[0]
+
+
+@pytest.mark.parametrize("flags, typed", [(["--prompt", "a\x07"], ""), (["--chat"], "Hi\n")])
+def test_control_characters_are_not_sent(say, flags, typed):
+    out, _, _ = say(*flags, typed=typed, says=ids("x\x1b[2J\x08\ty\n\x7f", END_OF_TEXT))
+    assert "x\\x1b[2J\\x08\ty\n\\x7f\n" in out and not set(out) & {"\x1b", "\x08", "\x7f", "\x07"}
 
 
 def test_first_message_from_the_command_line(say):
@@ -88,7 +170,13 @@ def test_first_message_from_the_command_line(say):
 def test_a_long_conversation_forgets_its_beginning(say):
     _, err, prompts = say(typed="aaaa\nbbbb\ncccc\n", says=ids("x" * 9, IM_END))
     frames = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in ("aaaa", "bbbb", "cccc")]
-    assert prompts == frames and err.count("(the 2 oldest messages no longer fit and are forgotten)") == 2
+    assert prompts == frames
+    assert err.count("(the 2 oldest messages are forgotten: the context of 64 tokens has no room for them and an") == 2
+
+
+def test_nothing_is_forgotten_while_the_answer_has_room(say):
+    _, err, prompts = say("--max_new_tokens", 3, typed="a\nb\n", says=ids("x", IM_END))
+    assert "forgotten" not in err and "user\na<|im_end|>" in prompts[1]
 
 
 def test_a_message_that_does_not_fit(say):

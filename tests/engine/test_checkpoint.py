@@ -1,0 +1,33 @@
+"""Loading checkpoints: what is refused. Whole runs that resume are in tests/test_train.py and tests/robustness/."""
+
+import math
+
+import pytest
+import torch
+from small import base_model, save_model, tiny_model
+
+from engine.checkpoint import FORMAT, load_checkpoint, load_weights
+from engine.settings import UserError
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_single_number_that_is_not_finite_is_refused(value):
+    """In any tensor, at its beginning or end."""
+    model = tiny_model("v1", n_layer=1)
+    for name, tensor in model.state_dict().items():
+        for index in (0, -1):
+            bad = tensor.clone()
+            bad.view(-1)[index] = value
+            with pytest.raises(UserError, match="weights are not all finite"):
+                load_weights(tiny_model("v1", n_layer=1), {"model": model.state_dict() | {name: bad}})
+    load_weights(model, {"model": model.state_dict()})
+
+
+@pytest.mark.parametrize("number", [FORMAT + 1, 0, "1", None])
+def test_other_formats_are_refused(tmp_path, number):
+    save_model(tmp_path / "model.pt", base_model())
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert load_checkpoint(tmp_path / "model.pt")["format"] == content["format"] == FORMAT
+    torch.save(content | {"format": number}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="written by a newer version"):
+        load_checkpoint(tmp_path / "model.pt")
