@@ -420,7 +420,7 @@ JSONL = [
     ("a turn of five megabytes", "sft", TALK.replace("Hi", "Hi" * 2_500_000), 0, "1 whose answers begin beyond the"),
     ("Latin-1", "sft", TALK.replace("Hi", "Hä").encode("latin-1") * 3, 0, "3 malformed"),
     ("UTF-16", "dpo", (PAIR * 3).encode("utf-16"), 0, "malformed"),
-]
+]  # fmt: skip
 
 BENCHMARKS = [
     ("length of nothing", None, "attention --length 0", "argument --length: 0 is not a whole number from 1 on"),
