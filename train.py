@@ -10,7 +10,7 @@ schedule, the training loop, and pretraining's data, model and loss. sft.py and 
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from engine.settings import UserError, flag, parse_flags, run_script  # before torch, for Ctrl-C; isort: skip
 import torch
@@ -20,7 +20,7 @@ from data.dataset import fixed_batches, open_tokens, prefetch, prepared_director
 from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
 from engine import parallel
 from engine.attention import ATTENTION_IMPLS, check_impl
-from engine.checkpoint import Checkpointer, load_checkpoint, load_weights, resume_settings, run_folder, stop_signals
+from engine.checkpoint import Checkpointer, check_fit, load_checkpoint, load_weights, resume_settings, run_folder
 from engine.device import autocast, choose_device, oom_advice
 from engine.graphs import wants_compile
 from engine.log import Log, describe, print_line, progress, summarize
@@ -233,7 +233,7 @@ def fit(task, optimizer, checkpointer, log, on_step=None):
     if not steps:
         print(f"the run in {s.out_dir} has {done} steps already; a higher --max_steps adds to it")
         return
-    with stop_signals() as signals:
+    with parallel.stop_signals() as signals:
         if done == 0:  # training has to improve on this
             print_line("before the first step:")
             metrics, text = task.evaluate()
@@ -304,13 +304,7 @@ class Pretraining:
         except ValueError as error:
             raise UserError(error) from error
         if checkpoint:
-            if (saved := checkpoint["data"].get("tokenizer")) != s.tokenizer:
-                raise UserError(f"the checkpoint's tokenizer is {saved}, the data's {s.tokenizer}")
-            for name, value in asdict(config).items():
-                saved = checkpoint["config"].get(name)
-                if name not in ("attn_impl", "block_size") and saved != value:  # no weight depends on these two
-                    raise UserError(f"the checkpoint's model has {name} {saved}, but the settings say {value}")
-
+            check_fit(checkpoint, config, s.tokenizer)
         loads_parts = s.resume and "parts" in checkpoint  # into the sharded model, by the Checkpointer
 
         def build():
@@ -322,10 +316,7 @@ class Pretraining:
         torch.manual_seed(s.seed)
         compiles = wants_compile(s.compile, self.device)
         self.model, self.compiled = parallel.build_on_device(build, self.device, compiles)
-        # Activations are checkpointed where memory is short: then gradients are reduced after each micro-batch.
-        if parallel.WORLD_SIZE > 1 and not s.activation_checkpointing:
-            micro_batches = s.batch_size // (s.micro_batch_size * parallel.WORLD_SIZE)
-            parallel.sync_grads_on_last_micro_batch(self.model, micro_batches)
+        parallel.sync_grads_on_last_micro_batch(self.model, s)
         self.flops_per_unit = self.model.flops_per_token()
 
     def get_batch(self, step):

@@ -19,7 +19,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import warnings
 import zipfile
 from dataclasses import asdict, fields
@@ -216,6 +215,16 @@ def load_optimizer_state(optimizer, saved, sharded=False):
                 value.copy_(loaded)
 
 
+def check_fit(checkpoint, config, tokenizer):
+    """Raise UserError unless a checkpoint has a model of this shape, for this tokenizer."""
+    if (saved := checkpoint["data"].get("tokenizer")) != tokenizer:
+        raise UserError(f"the checkpoint's tokenizer is {saved}, the data's {tokenizer}")
+    for name, value in asdict(config).items():
+        saved = checkpoint["config"].get(name)
+        if name not in ("attn_impl", "block_size") and saved != value:  # no weight depends on these two
+            raise UserError(f"the checkpoint's model has {name} {saved}, but the settings say {value}")
+
+
 def init_optimizer_state(optimizer):
     """Give an optimizer the state that it has after its first step, without changing the parameters.
 
@@ -351,29 +360,6 @@ class Checkpointer:
             self.out_dir / name, model=state_dict, config=asdict(task.model.config), settings=asdict(task.settings),
             data=task.meta, best_val_loss=self.best_val_loss, **learned, **more,
         )  # fmt: skip
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yield a list to which SIGINT and SIGTERM are appended, so that a run can save before it ends.
-
-    The second signal ends the program at once.
-    """
-    received, previous = [], {}
-
-    def receive(number, frame):
-        received.append(signal.Signals(number))
-        signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # the reader of a pipe may have got the signal, too
-            os.write(1, b"\nsaving after this step; once more quits at once\n")  # print() cannot interrupt itself
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------

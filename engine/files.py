@@ -47,16 +47,16 @@ def locked(folder, name="lock", waiting=""):
         open(lock.lock_file, "a").close()  # filelock would report a folder that is read-only as locked
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-    waited = False
     try:
         lock.acquire(blocking=False)
+        waited = False
     except filelock.Timeout as error:
         if not waiting:
             raise FolderInUse(f"another run is writing to {folder}; --out_dir names another folder") from error
         print(waiting, flush=True)
         waited = bool(lock.acquire())
-    except (OSError, NotImplementedError):
-        pass
+    except OSError:  # no locks here: the run is worth more than the protection
+        waited = False
     try:
         yield waited
     finally:

@@ -10,6 +10,7 @@ prints and writes files, except for checkpoints in parts (engine/checkpoint.py).
 import contextlib
 import itertools
 import os
+import signal
 import warnings
 from datetime import timedelta
 
@@ -104,6 +105,29 @@ def fit_micro_batch_size(settings, given):
     return settings
 
 
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a list to which SIGINT and SIGTERM are appended, so that a run can save before it ends.
+
+    The second signal ends the program at once.
+    """
+    received, previous = [], {}
+
+    def receive(number, frame):
+        received.append(signal.Signals(number))
+        signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # the reader of a pipe may have got the signal, too
+            os.write(1, b"\nsaving after this step; once more quits at once\n")  # print() cannot interrupt itself
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def check_batch_size(settings):
     """Lower micro_batch_size to a process's part of the batch; raise UserError if it does not divide the batch."""
     settings.micro_batch_size = min(settings.micro_batch_size, max(1, settings.batch_size // WORLD_SIZE))
@@ -174,12 +198,15 @@ def scatter(value, tensor):
         tensor.copy_(source)
 
 
-def sync_grads_on_last_micro_batch(model, micro_batches):
-    """Accumulate the gradients of `micro_batches` micro-batches on each GPU before they are reduced.
+def sync_grads_on_last_micro_batch(model, settings):
+    """Let a sharded model accumulate the gradients of a batch on each GPU before they are reduced.
 
     Layers stay gathered meanwhile. That is less traffic, for the memory of a whole model in bf16 and its gradients in
-    float32.
+    float32. Activation checkpointing says that memory is short: then they are reduced after each micro-batch.
     """
+    if WORLD_SIZE == 1 or settings.activation_checkpointing:
+        return
+    micro_batches = settings.batch_size // (settings.micro_batch_size * WORLD_SIZE)
     done = itertools.count(1)
 
     def before_forward(*_):

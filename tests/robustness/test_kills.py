@@ -10,7 +10,6 @@ import select
 import signal
 import time
 
-import filelock
 import pytest
 
 import engine.checkpoint
@@ -209,16 +208,6 @@ def test_a_file_system_without_locks_stops_no_run(home, tmp_path, code, monkeypa
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    run(home, "pretrain", tmp_path / "run", "--max_steps", 4)
-    run(home, "pretrain", tmp_path / "run", "--resume", "--max_steps", 8)
-    assert steps_of(tmp_path / "run") == list(range(1, 9))
-
-
-def test_a_file_system_without_locks_stops_no_run_with_an_older_filelock(home, tmp_path, monkeypatch):
-    def acquire(lock, *arguments, **options):
-        raise NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead")
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     run(home, "pretrain", tmp_path / "run", "--max_steps", 4)
     run(home, "pretrain", tmp_path / "run", "--resume", "--max_steps", 8)
     assert steps_of(tmp_path / "run") == list(range(1, 9))
