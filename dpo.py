@@ -58,9 +58,7 @@ class Settings(sft.TuningSettings):
     micro_batch_size: int = flag(16, "pairs in memory at once; gradients of several add up", minimum=1)
     learning_rate: float = flag(5e-6, "peak", minimum=0)
     beta: float = flag(0.1, "how strongly the model is held to the reference", minimum=0, fixed=True)
-    label_smoothing: float = flag(
-        0.0, "share of pairs that may be labelled the wrong way round", minimum=0, maximum=0.49, fixed=True
-    )
+    label_smoothing: float = flag(0.0, "share of pairs with wrong labels", minimum=0, maximum=0.49, fixed=True)
 
 
 PRESETS = {

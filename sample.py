@@ -70,12 +70,8 @@ class Generator:
         self.encoding = get_tokenizer(checkpoint["data"].get("tokenizer"))
         self.ends = {self.encoding.encode_single_token(name) for name in ENDS}
         model = prepare_for_inference(load_weights(GPT(config), checkpoint).to(self.device))
-        options = dict(
-            temperature=settings.temperature,
-            top_k=settings.top_k or None,
-            top_p=settings.top_p if settings.top_p < 1 else None,
-            n_vocab=self.encoding.n_vocab,
-        )
+        options = dict(temperature=settings.temperature, top_k=settings.top_k or None, n_vocab=self.encoding.n_vocab)
+        options["top_p"] = settings.top_p if settings.top_p < 1 else None
         self.decoder = Decoder(model, 1, self.block_size, settings.compile, **options)
         self.about = f"model: {path}, {config.attn} after {self.stage}, step {checkpoint['step']}"
 

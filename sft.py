@@ -20,7 +20,7 @@ from data.dataset import bucketed_epoch, collate, open_examples, prepared_direct
 from data.tokenizer import IM_END, get_tokenizer
 from engine import parallel
 from engine.attention import check_impl
-from engine.checkpoint import Checkpointer, load_checkpoint, load_weights, resume_settings, run_folder
+from engine.checkpoint import Checkpointer, load_init_from, load_weights, resume_settings, run_folder
 from engine.device import autocast, choose_device, oom_advice
 from engine.generate import Decoder
 from engine.graphs import GraphedForwardBackward, bf16_copy, compile_layers, wants_compile
@@ -49,9 +49,7 @@ class TuningSettings(CommonSettings):
     warmup_steps: int = flag(50, "steps of linear warmup", minimum=0)
     eval_examples: int = flag(256, "held-out examples to validate on, always the same", minimum=1, fixed=True)
     lora_rank: int = flag(64, "rank of the adapters", minimum=1, fixed=True)
-    lora_alpha: float = flag(
-        128.0, "the adapters' output is multiplied by lora_alpha / lora_rank", minimum=0, fixed=True
-    )
+    lora_alpha: float = flag(128.0, "the adapters' output is times lora_alpha / lora_rank", minimum=0, fixed=True)
 
 
 @dataclass
@@ -84,10 +82,8 @@ def choose_settings(given, settings_class, presets, stage):
     path = given.get("init_from", settings_class.init_from)
     if "init_from" not in given and not Path(path).exists():
         raise UserError(f"there is no {path} yet: train the stage before, or name another checkpoint with --init_from")
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_init_from(path, given.get("attn"))
     tokenizer, attn = checkpoint["data"].get("tokenizer"), checkpoint["config"].get("attn")
-    if given.get("attn", attn) != attn:
-        raise UserError(f"the model in {path} has the attention {attn}, not {given['attn']}")
     preset = given.get("preset", "auto")
     if preset == "auto":
         preset = "tiny" if tokenizer == "bytes" else "ldiff"

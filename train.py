@@ -20,7 +20,7 @@ from data.dataset import fixed_batches, open_tokens, prefetch, prepared_director
 from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
 from engine import parallel
 from engine.attention import ATTENTION_IMPLS, check_impl
-from engine.checkpoint import Checkpointer, check_fit, load_checkpoint, load_weights, resume_settings, run_folder
+from engine.checkpoint import Checkpointer, check_fit, load_init_from, load_weights, resume_settings, run_folder
 from engine.device import autocast, choose_device, oom_advice
 from engine.graphs import wants_compile
 from engine.log import Log, describe, print_line, progress, summarize
@@ -134,10 +134,7 @@ def choose_settings(given):
     checkpoint, shapes = None, SHAPES[preset]
     shape = shapes.get(given.get("attn", Settings.attn), shapes["vanilla"])
     if given.get("init_from"):
-        checkpoint = load_checkpoint(given["init_from"])
-        attn = checkpoint["config"].get("attn")
-        if given.get("attn", attn) != attn:
-            raise UserError(f"the model in {given['init_from']} has the attention {attn}, not {given['attn']}")
+        checkpoint = load_init_from(given["init_from"], given.get("attn"))
         shape = {name: checkpoint["config"][name] for name in MODEL_FLAGS if name in checkpoint["config"]}
     settings = Settings(**{**PRESETS[preset], **shape, **given, "preset": preset})
     return parallel.fit_micro_batch_size(settings, given), checkpoint

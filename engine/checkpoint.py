@@ -160,6 +160,15 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def load_init_from(path, attn=None):
+    """Load the checkpoint that a new run starts from. Raises UserError if `attn` is given and not its model's."""
+    checkpoint = load_checkpoint(path)
+    saved = checkpoint["config"].get("attn")
+    if attn not in (None, saved):
+        raise UserError(f"the model in {path} has the attention {saved}, not {attn}")
+    return checkpoint
+
+
 def load_latest(out_dir):
     """Load the newest intact checkpoint of a locked run folder. Falls back to the previous one and reports it."""
     newest, previous = out_dir / NEWEST, out_dir / PREVIOUS

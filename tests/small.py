@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -94,7 +95,7 @@ def base_model(attn="v2", seed=0):
 
 def save_model(path, model, **changes):
     contents = dict(settings={}, data={"tokenizer": "bytes"}, stage="pretrain", step=7) | changes
-    save_checkpoint(path, model=model.state_dict(), config=train.asdict(model.config), **contents)
+    save_checkpoint(path, model=model.state_dict(), config=asdict(model.config), **contents)
 
 
 def write_tuning_data(home):
