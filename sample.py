@@ -16,7 +16,7 @@ from engine.settings import UserError, flag, parse_flags, run_script  # before t
 import torch
 
 from data.chat import render_prompt
-from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
+from data.tokenizer import END_OF_TEXT, IM_END, IM_START
 from engine import parallel
 from engine.attention import ATTENTION_IMPLS, check_impl
 from engine.checkpoint import load_checkpoint, load_weights
@@ -65,9 +65,9 @@ class Generator:
         check_impl(settings.attn_impl, self.device)
         path = settings.init_from or furthest_checkpoint()
         checkpoint = load_checkpoint(path)
-        self.stage, config = checkpoint["stage"], load_config(checkpoint, settings.attn_impl)
+        self.stage = checkpoint["stage"]
+        config, self.encoding = load_config(checkpoint, settings.attn_impl)
         self.block_size = config.block_size
-        self.encoding = get_tokenizer(checkpoint["data"].get("tokenizer"))
         self.ends = {self.encoding.encode_single_token(name) for name in ENDS}
         model = prepare_for_inference(load_weights(GPT(config), checkpoint).to(self.device))
         options = dict(temperature=settings.temperature, top_k=settings.top_k or None, n_vocab=self.encoding.n_vocab)

@@ -39,7 +39,7 @@ class TuningSettings(CommonSettings):
     """The settings that SFT and DPO share."""
 
     preset: str = flag(
-        "auto", "auto: tiny for a byte model, else ldiff", choices=("auto", "tiny", "ldiff", "1b", "10b"), fixed=True
+        "auto", "auto: tiny for a byte model, else by size", choices=("auto", "tiny", "ldiff", "1b", "10b"), fixed=True
     )
     attn: str = flag("", "attention mechanism; it has to be the checkpoint's", choices=tuple(ATTENTION), fixed=True)
     source: str = flag("", "local JSONL file to prepare the data set from, instead of the hub")
@@ -75,7 +75,7 @@ def choose_settings(given, settings_class, presets, stage):
     """Choose the settings from the flags that were given, and load the checkpoint to tune or resume.
 
     Flags override the preset, the preset overrides the defaults. `auto` is the preset that fits the checkpoint's
-    tokenizer.
+    tokenizer and size.
     """
     if given.get("resume"):
         return resume_settings(given, settings_class, stage)
@@ -86,24 +86,27 @@ def choose_settings(given, settings_class, presets, stage):
     tokenizer, attn = checkpoint["data"].get("tokenizer"), checkpoint["config"].get("attn")
     preset = given.get("preset", "auto")
     if preset == "auto":
-        preset = "tiny" if tokenizer == "bytes" else "ldiff"
-        print(f"preset: {preset}, since {path} has the tokenizer {tokenizer}; --preset tiny or --preset ldiff chooses")
+        size = sum(tensor.numel() for tensor in checkpoint["model"].values() if torch.is_tensor(tensor))
+        larger = "ldiff" if size < 6e8 else "1b" if size < 4e9 else "10b"
+        preset = "tiny" if tokenizer == "bytes" else larger
+        why = f"{path} has the tokenizer {tokenizer} and {size / 1e6:,.1f}M weights"
+        print(f"preset: {preset}, since {why}; --preset chooses another")
     settings = settings_class(**{**presets[preset], **given, "preset": preset, "attn": attn})
     return parallel.fit_micro_batch_size(settings, given), checkpoint
 
 
 def load_config(checkpoint, attn_impl):
-    """Return the GPTConfig of a checkpoint's model. Raises UserError if it cannot be used."""
+    """Return the GPTConfig of a checkpoint's model, and its tokenizer. Raises UserError if they cannot be used."""
     try:
         config = GPTConfig(**{**checkpoint["config"], "attn_impl": attn_impl})
     except (TypeError, ValueError) as error:
         raise UserError(f"the checkpoint's config cannot be used: {error}") from error
-    n_vocab = get_tokenizer(checkpoint["data"].get("tokenizer")).n_vocab
-    if config.vocab_size < n_vocab:
+    encoding = get_tokenizer(checkpoint["data"].get("tokenizer"), checkpoint["path"].parent)
+    if config.vocab_size < encoding.n_vocab:
         raise UserError(
-            f"the checkpoint's vocabulary of {config.vocab_size} is smaller than its tokenizer's, {n_vocab}"
+            f"the checkpoint's vocabulary of {config.vocab_size} is smaller than its tokenizer's, {encoding.n_vocab}"
         )
-    return config
+    return config, encoding
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -140,16 +143,14 @@ class SFT:
         self.device = choose_device(s.device)
         check_impl(s.attn_impl, self.device)
         parallel.check_batch_size(s)
-        config = load_config(checkpoint, s.attn_impl)
+        config, self.encoding = load_config(checkpoint, s.attn_impl)
         self.block_size = config.block_size
 
         # Data
-        tokenizer = checkpoint["data"].get("tokenizer")
-        self.encoding = get_tokenizer(tokenizer)
         with parallel.main_process_first():
-            options = dict(tokenizer=tokenizer, block_size=self.block_size)
+            options = dict(tokenizer=self.encoding.source, block_size=self.block_size)
             directory = prepared_directory(s.dataset, s.source, self.stage, **options)
-        self.meta = read_meta(directory, tokenizer)
+        self.meta = read_meta(directory, self.encoding.name)
         self.train_examples, self.val_examples = (
             open_examples(directory, split, self.meta, self.rows_per_example, self.block_size)
             for split in ("train", "val")

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from data.dataset import fixed_batches, open_tokens, prefetch, prepared_directory, read_meta, sample_batch
-from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
+from data.tokenizer import END_OF_TEXT, get_tokenizer
 from engine import parallel
 from engine.attention import ATTENTION_IMPLS, check_impl
 from engine.checkpoint import Checkpointer, check_fit, load_init_from, load_weights, resume_settings, run_folder
@@ -65,7 +65,7 @@ class Settings(CommonSettings):
 
     # A validation batch takes a third of a step's time: at this interval, validation is under 1 % of the whole.
     eval_interval: int = flag(200, "steps between validations", minimum=1)
-    tokenizer: str = flag("", "of the data set; new data have gpt2, or with the tiny preset bytes", choices=TOKENIZERS)
+    tokenizer: str = flag("", "of new data: gpt2, bytes, a tokenizer.json; else init_from's or the preset's")
     block_size: int = flag(2048, "context length in tokens", minimum=1, fixed=True)
     n_layer: int = flag(12, "layers", minimum=1)
     n_embd: int = flag(768, "width", minimum=1)
@@ -284,10 +284,12 @@ class Pretraining:
         # Data: a stream of training tokens, and validation windows of which each process has its rows
         with parallel.main_process_first():
             tokenizer = s.tokenizer or ("bytes" if s.preset == "tiny" else "gpt2")
+            if checkpoint and s.tokenizer in ("", checkpoint["data"].get("tokenizer")):  # it may be a file beside it
+                tokenizer = get_tokenizer(checkpoint["data"].get("tokenizer"), checkpoint["path"].parent).source
             directory = prepared_directory(s.dataset, s.source, tokenizer=tokenizer)
-        self.meta = read_meta(directory, s.tokenizer)
+        self.meta = read_meta(directory, s.tokenizer and get_tokenizer(tokenizer).name)
         s.tokenizer = self.meta["tokenizer"]
-        self.encoding = get_tokenizer(s.tokenizer)
+        self.encoding = get_tokenizer(s.tokenizer, directory)
         self.train_tokens = open_tokens(directory, "train", self.meta, s.block_size)
         val_tokens = open_tokens(directory, "val", self.meta, s.block_size)
         batches = fixed_batches(val_tokens, s.block_size, s.micro_batch_size * parallel.WORLD_SIZE, s.eval_windows)
@@ -296,12 +298,13 @@ class Pretraining:
 
         # Model
         shape = {name: getattr(s, name) for name in MODEL_FLAGS} | {"n_kv_head": s.n_kv_head or s.n_head}
+        given = checkpoint["config"] if checkpoint else {"vocab_size": pad_vocab(self.encoding.n_vocab)}
         try:
-            config = GPTConfig(**shape, vocab_size=pad_vocab(self.encoding.n_vocab), attn_impl=s.attn_impl)
-        except ValueError as error:
+            config = GPTConfig(**{**given, **shape, "attn_impl": s.attn_impl})
+        except (TypeError, ValueError) as error:
             raise UserError(error) from error
         if checkpoint:
-            check_fit(checkpoint, config, s.tokenizer)
+            check_fit(checkpoint, config, self.encoding)
         loads_parts = s.resume and "parts" in checkpoint  # into the sharded model, by the Checkpointer
 
         def build():

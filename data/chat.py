@@ -8,7 +8,17 @@ Control tokens are inserted by id, and everything else is encoded as ordinary te
 message can end the message, begin another, or change the loss mask.
 """
 
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from data.tokenizer import IM_END, IM_START
+
+# The same for Hugging Face's tokenizers. They encode a header and its text at once, so a text that begins with white
+# space can have other ids there.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 def render(messages, encoding):
@@ -36,3 +46,14 @@ def render_answer(text, encoding):
 
 def _header(role, encoding):
     return [encoding.encode_single_token(IM_START), *encoding.encode_ordinary(f"{role}\n")]
+
+
+def default_system(template):
+    """Return the system text that a Hugging Face chat template in ChatML begins with if none is given, else ""."""
+    try:
+        environment = ImmutableSandboxedEnvironment()  # templates are programs
+        text = environment.from_string(template).render(messages=[{"role": "user", "content": ""}])
+    except (jinja2.TemplateError, TypeError):  # it wants more, or is none
+        return ""
+    frame = f"{IM_START}system\n"
+    return text.removeprefix(frame).split(IM_END)[0] if text.startswith(frame) else ""

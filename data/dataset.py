@@ -36,7 +36,9 @@ LOCAL_FILES = {
 }
 
 # The names of the files in a data set's folder; while one is written, its name ends in .<process id>.tmp.
-WRITTEN = re.compile(r"((train|val)(-\d{5}|\.mask|\.offsets)?\.bin|(meta|progress)\.json|prepare\.lock)(\.\d+\.tmp)?")
+WRITTEN = re.compile(
+    r"((train|val)(-\d{5}|\.mask|\.offsets)?\.bin|(meta|progress|tokenizer-[0-9a-f]{8})\.json|prepare\.lock)(\.\d+\.tmp)?"
+)
 
 # ---------------------------------------------------------------------------------------------------
 # Files
@@ -177,7 +179,7 @@ def open_tokens(directory, split, meta, block_size=0):
     Reading all shards would take minutes, so their ids are checked as batches are drawn.
     """
     path, dtype = Path(directory) / f"{split}.bin", token_dtype(meta["vocab_size"])
-    if meta["vocab_size"] != get_tokenizer(meta["tokenizer"]).n_vocab:
+    if meta["vocab_size"] != get_tokenizer(meta["tokenizer"], directory).n_vocab:
         raise UserError(f"{directory}/meta.json is damaged: its tokenizer has another vocabulary")
     if split == "train" and "shards" in meta:
         files = [_memory_map(shard_path(directory, index), dtype, size) for index, size in enumerate(meta["shards"])]

@@ -1,25 +1,68 @@
-"""Two tokenizers, both tiktoken encodings: GPT-2's BPE, and plain bytes, which needs no download.
+"""Three tokenizers: GPT-2's BPE, plain bytes, which need no download, and the tokenizer.json of a Hugging Face model.
 
-Each has three control tokens after its base vocabulary: <|endoftext|> ends a document, <|im_start|> and <|im_end|>
-frame a chat message (ChatML). Text never becomes a control token. This project encodes all text with `encode_ordinary`,
-which treats these strings like any others, and inserts control tokens by id.
+Each has three control tokens: <|endoftext|> ends a document, <|im_start|> and <|im_end|> frame a chat message (ChatML).
+Those that a vocabulary lacks take the ids after it. Text never becomes a control token. This project encodes all text
+with `encode_ordinary`, which treats these strings like any others, and inserts control tokens by id.
 """
 
 import functools
+import hashlib
+import json
+import re
+from pathlib import Path
 
 import tiktoken
 
+from engine.files import atomic_write
 from engine.settings import UserError
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+LLAMA3_END_OF_TEXT = "<|end_of_text|>"  # has the part of <|endoftext|> in a vocabulary without that
+CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 TOKENIZERS = ("gpt2", "bytes")
+TOKENIZER_HELP = "gpt2, bytes, or a model's tokenizer.json (default: gpt2)"
 
 
-def get_tokenizer(name):
-    """Return the tiktoken.Encoding called `name`. Raises UserError if it is unknown or cannot be loaded."""
-    if name not in TOKENIZERS:
-        raise UserError(f"no tokenizer is called {name!r}; there are {' and '.join(TOKENIZERS)}")
-    return _gpt2() if name == "gpt2" else _bytes()
+def get_tokenizer(name, folder=""):
+    """Return the tokenizer called `name`: gpt2, bytes, or a file in `folder` such as tokenizer-1a2b3c4d.json.
+
+    It has the attributes and methods of a tiktoken.Encoding that this project uses, source, which get_tokenizer() takes
+    as a name, and save(folder). Raises UserError if it is unknown, damaged or cannot be loaded.
+    """
+    if name in TOKENIZERS:
+        return _gpt2() if name == "gpt2" else _bytes()
+    if not str(name).endswith(".json"):
+        raise UserError(f"no tokenizer is called {name!r}; there are {' and '.join(TOKENIZERS)}, or a tokenizer.json")
+    return _from_file(str(Path(folder, name).absolute()))
+
+
+class Encoding(tiktoken.Encoding):
+    """A tiktoken.Encoding with the rest of the interface of FileTokenizer."""
+
+    @property
+    def source(self):
+        return self.name
+
+    def save(self, folder):
+        """Save nothing: the name is enough to find it again."""
+
+    def tokenizer_json(self):
+        """Return the contents of a tokenizer.json with the same ids."""
+        ranks, merges = self._mergeable_ranks, []
+        spelled = {token: "".join(BYTE_CHARACTERS[value] for value in token) for token in ranks}
+        for token in sorted(ranks, key=ranks.get):
+            parts = [token[i : i + 1] for i in range(len(token))]
+            while len(parts) > 2:  # merge as an encoder does, up to the last merge, which made this token
+                pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+                i = pairs.index(min(pairs))
+                parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            if len(parts) == 2:
+                merges.append([spelled[part] for part in parts])
+        model = {"type": "BPE", "vocab": {spelled[token]: rank for token, rank in ranks.items()}, "merges": merges}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        control = {name: self.encode_single_token(name) for name in CONTROL_TOKENS}
+        described = dict(version="1.0", added_tokens=[], pre_tokenizer=byte_level, decoder=byte_level, model=model)
+        return with_control_tokens(described, control)
 
 
 @functools.cache
@@ -46,4 +89,108 @@ def _gpt2():
 def _with_control_tokens(name, pattern, ranks, special):
     first = len(ranks) + len(special)
     special = {**special, IM_START: first, IM_END: first + 1}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+# ---------------------------------------------------------------------------------------------------
+# tokenizer.json
+
+# The character that stands for each byte in a byte-level vocabulary, as GPT-2's authors chose it
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [value for value in range(256) if value not in _PRINTABLE]
+BYTE_CHARACTERS = {value: chr(value) for value in _PRINTABLE} | {value: chr(256 + i) for i, value in enumerate(_OTHERS)}
+
+
+def with_control_tokens(described, control):
+    """Add control tokens {name: id} to the contents of a tokenizer.json, and mark all as special.
+
+    Then the tokenizers library never finds one in a text if encode_special_tokens is set.
+    """
+    added = {token["id"]: token for token in described["added_tokens"]}
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    for name, index in control.items():
+        added[index] = {"id": index, "content": name, **plain, **added.get(index, {}), "special": True}
+    return {**described, "added_tokens": list(added.values())}
+
+
+@functools.cache
+def _from_file(path):
+    return FileTokenizer(path)
+
+
+class FileTokenizer:
+    """A byte-level BPE from the tokenizer.json of a Hugging Face model.
+
+    Its name has the file's checksum in it, so data and checkpoints with the same name have the same tokenizer. Raises
+    UserError if the file cannot be used.
+    """
+
+    def __init__(self, path):
+        self.source = path
+        try:
+            self.contents = Path(path).read_bytes()
+            described = json.loads(self.contents)
+            parts = [described["model"], described["pre_tokenizer"], described["decoder"]]
+            kinds = [[part["type"] for part in [whole, *whole.get("pretokenizers", ())]] for whole in parts]
+            has_prefix = '"add_prefix_space": true' in json.dumps(parts[1])
+            # A tokenizer of words would encode a message by itself otherwise than within its frame.
+            if kinds[0] != ["BPE"] or "ByteLevel" not in kinds[1] or kinds[2] != ["ByteLevel"] or has_prefix:
+                raise UserError(f"{path} is another kind of tokenizer than a byte-level BPE")
+            added = {token["content"]: token for token in described["added_tokens"]}
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not the tokenizer.json of a byte-level BPE") from error
+        digest = hashlib.sha256(self.contents).hexdigest()[:8]
+        self.name = f"tokenizer-{digest}.json"
+        if re.fullmatch(r"tokenizer-[0-9a-f]{8}\.json", Path(path).name) and Path(path).name != self.name:
+            raise UserError(f"{path} is damaged: its checksum is {digest}")
+        self.control = {name: added[name]["id"] for name in CONTROL_TOKENS if name in added}
+        if END_OF_TEXT not in added and LLAMA3_END_OF_TEXT in added:
+            self.control[END_OF_TEXT] = added[LLAMA3_END_OF_TEXT]["id"]
+        try:
+            from tokenizers import Tokenizer  # here, because only models from elsewhere need it
+        except ImportError as error:
+            raise UserError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from error
+        try:
+            self.tokenizer = Tokenizer.from_str(json.dumps(with_control_tokens(described, self.control)))
+        except Exception as error:  # the library raises nothing more special
+            raise UserError(f"{path} is damaged: {error}") from error
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()
+        vocabulary = self.tokenizer.get_vocab()
+        self.n_base = self.n_vocab = max(vocabulary.values()) + 1
+        for name in CONTROL_TOKENS:
+            if name not in self.control:
+                self.control[name], self.n_vocab = self.n_vocab, self.n_vocab + 1
+        byte_of = {character: value for value, character in BYTE_CHARACTERS.items()}
+        plain = {token: index for token, index in vocabulary.items() if token not in added}
+        try:
+            self.bytes_of = {index: bytes(byte_of[character] for character in token) for token, index in plain.items()}
+        except KeyError as error:
+            raise UserError(f"{path} has a token with {error}, which stands for no byte") from error
+        self.bytes_of |= {index: name.encode() for name, index in self.control.items()}
+        self.bytes_of |= {token["id"]: name.encode() for name, token in added.items()}
+
+    def encode_ordinary(self, text):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates, as tiktoken does
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_single_token(self, name):
+        return self.control[name]
+
+    def decode_single_token_bytes(self, token):
+        return self.bytes_of.get(token, b"")  # a vocabulary may have gaps
+
+    def decode(self, ids, errors="replace"):
+        return b"".join(map(self.decode_single_token_bytes, ids)).decode("utf-8", errors)
+
+    def tokenizer_json(self):
+        """Return the contents of a tokenizer.json with the same ids: the file's, and the new control tokens."""
+        return with_control_tokens(json.loads(self.contents), self.control)
+
+    def save(self, folder):
+        """Write the file to `folder`, under its name, unless it is there."""
+        if not (path := Path(folder) / self.name).exists():
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(self.contents)

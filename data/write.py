@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data.dataset import WRITTEN, fingerprint, is_up_to_date, preparing, read_meta, token_dtype
 from data.forms import SkippedRow
-from data.tokenizer import END_OF_TEXT, TOKENIZERS, get_tokenizer
+from data.tokenizer import END_OF_TEXT, TOKENIZER_HELP, get_tokenizer
 from engine.files import atomic_write
 from engine.settings import Parser, UserError
 
@@ -126,7 +126,7 @@ def write_dataset(directory, documents, tokenizer, source):
     directory = Path(directory)
     encoding = get_tokenizer(tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
-    meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "tokens": {}, "crc32": {}, "source": source}
+    meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "tokens": {}, "crc32": {}, "source": source}
     meta["files"], spelled_out = fingerprint(source), 0
     with contextlib.ExitStack() as stack:
         for split, texts in documents.items():
@@ -143,8 +143,9 @@ def write_dataset(directory, documents, tokenizer, source):
                 raise UserError(f"{source} has no documents for {split}; give it more text")
             meta["tokens"][split], meta["crc32"][split] = count, checksum
         remove_text(directory)
+    encoding.save(directory)
     write_meta(directory, meta)
-    print(f"{directory}: {format_splits(meta['tokens'], 'tokens')} ({tokenizer} tokenizer)")
+    print(f"{directory}: {format_splits(meta['tokens'], 'tokens')} ({encoding.name} tokenizer)")
     report_spelled_out(source, spelled_out)
 
 
@@ -176,8 +177,9 @@ def mark_last(items):
 def pieces(strings):
     """Yield a document, given as strings, in pieces of about PIECE characters that are encoded to the ids of the whole.
 
-    The cuts are before a blank or a line end that follows another character: there, both tokenizers begin a word in any
-    case. Only a piece without such a place is cut elsewhere, and may have one token more for it.
+    The cuts are before a blank between two words: there, every tokenizer begins a word. A piece without such a place is
+    cut before a blank or a line end that follows another character, as gpt2 and bytes allow. Only a piece without that
+    is cut elsewhere, and may have one token more for it.
     """
     parts, length = [], 0
     for string in strings:
@@ -185,7 +187,7 @@ def pieces(strings):
         length += len(string)
         if length >= PIECE:
             text = "".join(parts)
-            last_place = re.match(r"(?s).*\S(?=[ \n])", text)
+            last_place = re.match(r"(?s).*\w(?= \w)", text) or re.match(r"(?s).*\S(?=[ \n])", text)
             cut = last_place.end() if last_place else len(text)
             yield text[:cut]
             parts, length = [text[cut:]], len(text) - cut
@@ -282,13 +284,14 @@ def write_examples(directory, rows, tokenize, tokenizer, block_size, source, tot
             usable = f"{val.examples}; the least is 2 ({format_report(report)})"
             raise UserError(f"{source} has too few usable examples, {usable}{_forms_help(first, forms, report)}")
         (directory / "meta.json").unlink(missing_ok=True)  # until here the files of an earlier set stay complete
-    meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "block_size": block_size, "source": source}
+    encoding.save(directory)
+    meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "block_size": block_size, "source": source}
     meta["files"] = files
     for count in ("examples", "tokens", "crc32"):
         meta[count] = {"train": getattr(train, count), "val": getattr(val, count)}
     write_meta(directory, meta | {"report": report})
     counts = format_splits(meta["examples"], "examples")
-    print(f"{directory}: {counts} ({tokenizer} tokenizer); {format_report(report)}")
+    print(f"{directory}: {counts} ({encoding.name} tokenizer); {format_report(report)}")
 
 
 def _forms_help(first, forms, report):
@@ -357,7 +360,7 @@ def prepare_examples(description, prepare, folder, kind):
     """
     parser = Parser(description)
     parser.add_argument("--source", default="", help="local JSONL file, instead of the hub")
-    parser.add_argument("--tokenizer", default="gpt2", choices=TOKENIZERS)
+    parser.add_argument("--tokenizer", default="gpt2", help=TOKENIZER_HELP)
     parser.add_argument("--block_size", default=2048, type=int, help="longer examples are cut (default: 2048)")
     parser.add_argument(
         "--out_dir", default=folder, help=f"the data set's folder, for a folder {kind} (default: this one)"

@@ -3,6 +3,7 @@
     ckpt.pt             the latest state: model, optimizer, random state, settings, step
     ckpt-previous.pt    the one before, in case that is damaged
     best.pt             the model with the lowest validation loss so far
+    tokenizer-*.json    the tokenizer of a model from elsewhere
     adapter.pt          its adapters alone, after tuning
 
 A checkpoint is one dict of tensors and plain values. Several processes that have a sharded model write its tensors in
@@ -37,6 +38,7 @@ if dist.is_available():
 
 NEWEST, PREVIOUS, DAMAGED, BEST = "ckpt.pt", "ckpt-previous.pt", "ckpt-damaged.pt", "best.pt"
 RUN_FILES = ("log.csv", BEST, "adapter.pt", "lambdas.csv", DAMAGED, PREVIOUS, NEWEST)  # bench.runs has lambdas.csv
+TOKENIZER_FILE = f"tokenizer-{'[0-9a-f]' * 8}.json"  # of a model from elsewhere, see data/tokenizer.py
 FORMAT = 1  # of checkpoints: one more whenever what is in them changes
 DATA = ("tokenizer", "vocab_size", "block_size", "examples", "tokens", "crc32")  # what meta.json says of the data
 
@@ -82,7 +84,8 @@ def run_folder(out_dir, resume=False):
 
 def archive_previous_run(out_dir):
     """Move the files of an earlier run in the folder aside, rather than overwrite them."""
-    files = [*part_folders(out_dir), *(out_dir / name for name in RUN_FILES if (out_dir / name).exists())]
+    files = [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]
+    files += [*part_folders(out_dir), *out_dir.glob(TOKENIZER_FILE)]
     if files:
         archive = next(path for n in itertools.count(1) if not (path := out_dir / f"earlier-{n}").exists())
         archive.mkdir()
@@ -128,7 +131,10 @@ def save_checkpoint(path, previous=None, **contents):
 
 
 def load_checkpoint(path):
-    """Load what save_checkpoint() wrote, on the CPU. Raises UserError if it is missing, damaged or something else."""
+    """Load what save_checkpoint() wrote, on the CPU, and its path.
+
+    Raises UserError if it is missing, damaged or something else.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load ignores the checksums
@@ -157,7 +163,7 @@ def load_checkpoint(path):
         raise UserError(f"{path} is no checkpoint of this project: it lacks {', '.join(missing)}")
     if checkpoint.get("format", FORMAT) not in range(1, FORMAT + 1):
         raise UserError(f"{path} was written by a newer version of this project")
-    return checkpoint
+    return checkpoint | {"path": Path(path)}  # its tokenizer may be a file beside it
 
 
 def load_init_from(path, attn=None):
@@ -224,10 +230,12 @@ def load_optimizer_state(optimizer, saved, sharded=False):
                 value.copy_(loaded)
 
 
-def check_fit(checkpoint, config, tokenizer):
+def check_fit(checkpoint, config, encoding):
     """Raise UserError unless a checkpoint has a model of this shape, for this tokenizer."""
-    if (saved := checkpoint["data"].get("tokenizer")) != tokenizer:
-        raise UserError(f"the checkpoint's tokenizer is {saved}, the data's {tokenizer}")
+    if (saved := checkpoint["data"].get("tokenizer")) != encoding.name:
+        raise UserError(f"the checkpoint's tokenizer is {saved}, the data's {encoding.name}")
+    if config.vocab_size < encoding.n_vocab:
+        raise UserError(f"the checkpoint's vocabulary of {config.vocab_size} is smaller than its tokenizer's")
     for name, value in asdict(config).items():
         saved = checkpoint["config"].get(name)
         if name not in ("attn_impl", "block_size") and saved != value:  # no weight depends on these two
@@ -283,8 +291,8 @@ class Checkpointer:
     """Saves and restores a task and its optimizer in the folder of a run.
 
     `step` counts the steps taken before; `best_val_loss` is the lowest validation loss so far. A task has settings,
-    stage, meta (of its data) and model, and methods state_dict(), what ckpt.pt holds of the model, and
-    best_state_dicts(), {file name: state_dict} of the files for the next stage.
+    stage, meta (of its data), encoding (its tokenizer) and model, and methods state_dict(), what ckpt.pt holds of the
+    model, and best_state_dicts(), {file name: state_dict} of the files for the next stage.
     """
 
     def __init__(self, task, optimizer):
@@ -304,6 +312,7 @@ class Checkpointer:
             remove_temporary_files(self.out_dir)
             if not resume:
                 archive_previous_run(self.out_dir)
+            self.task.encoding.save(self.out_dir)
         else:
             seed = self.task.settings.seed + 1000 * self.step + parallel.RANK
             torch.manual_seed(seed)  # other dropout than process 0's
@@ -472,7 +481,8 @@ def main():
     parser.add_argument("out_dir", type=Path, help=f"a run's folder, whose {NEWEST} becomes one file")
     path = parser.parse_args().out_dir / NEWEST
     with run_folder(path.parent, resume=True):
-        save_checkpoint(path, **load_checkpoint(path))
+        checkpoint = load_checkpoint(path)
+        save_checkpoint(checkpoint.pop("path"), **checkpoint)
     print(f"{path} is one file now")
 
 

@@ -26,7 +26,7 @@ def flag(default, help, choices=None, minimum=-math.inf, maximum=2**63 - 1, fixe
 
 
 # The flags of all scripts that name a file or a folder
-PATHS = {"init_from", "out_dir", "source", "val", "dataset", "corpus", "out", "logs", "pictures"}
+PATHS = {"init_from", "out_dir", "source", "val", "dataset", "corpus", "out", "logs", "pictures", "tokenizer"}
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.dataset import source_files
 from data.fineweb_edu.shards import SHARD_TOKENS, write_shards
-from data.tokenizer import END_OF_TEXT, TOKENIZERS
+from data.tokenizer import END_OF_TEXT, TOKENIZER_HELP
 from data.write import CHUNK, chunked, load_from_hub, prepare_anew, read_utf8, report_spelled_out
 from engine.settings import Parser, UserError, run_script
 
@@ -99,7 +99,7 @@ def main():
     parser.add_argument(
         "--source", default="", help="local folder, or .parquet, .jsonl or .txt file, instead of the hub"
     )
-    parser.add_argument("--tokenizer", default="gpt2", choices=TOKENIZERS)
+    parser.add_argument("--tokenizer", default="gpt2", help=TOKENIZER_HELP)
     parser.add_argument("--out_dir", default=Path(__file__).parent, help="where to write (default: beside this file)")
     args = parser.parse_args()
     prepare_anew(prepare_text, args.out_dir, args.source, tokenizer=args.tokenizer)

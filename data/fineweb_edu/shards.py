@@ -45,9 +45,10 @@ def write_shards(directory, read, tokenizer, source, source_bytes=0, shard_token
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    settings = dict(tokenizer=tokenizer, source=source, source_bytes=source_bytes, shard_tokens=shard_tokens)
+    encoding = get_tokenizer(tokenizer)
+    settings = dict(tokenizer=encoding.name, source=source, source_bytes=source_bytes, shard_tokens=shard_tokens)
     settings["files"] = fingerprint(source)
-    meta = _load_progress(directory, settings)
+    meta = _load_progress(directory, settings, encoding.n_vocab)
     for path in written_files(directory, "*.tmp"):  # left by a process that was killed
         path.unlink()
 
@@ -66,13 +67,14 @@ def write_shards(directory, read, tokenizer, source, source_bytes=0, shard_token
         for chunk in chunks:
             _write_shard(directory, itertools.chain([chunk], chunks), meta, bar)
     _check_splits(meta)
+    encoding.save(directory)
     write_meta(directory, {name: value for name, value in meta.items() if name != "position"})
     (directory / "progress.json").unlink()
     counts = f"{format_splits(meta['tokens'], 'tokens')} in {len(meta['shards'])} shards"
-    print(f"{directory}: {counts} ({tokenizer} tokenizer); {format_report(meta['report'])}")
+    print(f"{directory}: {counts} ({encoding.name} tokenizer); {format_report(meta['report'])}")
 
 
-def _load_progress(directory, settings):
+def _load_progress(directory, settings, vocab_size):
     """Load progress.json if there is one to continue from, else return its content for a new corpus."""
     path = directory / "progress.json"
     is_resumed = path.exists() and not (directory / "meta.json").exists()
@@ -81,7 +83,7 @@ def _load_progress(directory, settings):
         if meta.get(name, value) != value:
             begun = "files of other sizes or dates" if name == "files" else f"{name} {meta[name]}, not {value}"
             raise UserError(f"{directory} was begun with {begun}; delete {path} to begin anew")
-    new = settings | {"vocab_size": get_tokenizer(settings["tokenizer"]).n_vocab}
+    new = settings | {"vocab_size": vocab_size}
     new |= {"tokens": {"train": 0, "val": 0}, "crc32": {"train": 0, "val": 0}, "shards": []}
     new |= {"report": {"documents": 0, "rows without a text": 0}, "position": None}
     if not is_resumed:

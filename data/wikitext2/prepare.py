@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from data.tokenizer import TOKENIZERS
+from data.tokenizer import TOKENIZER_HELP
 from data.write import PIECE, load_from_hub, pieces, prepare_anew, stream_utf8, write_dataset
 from engine.settings import Parser, UserError, run_script
 
@@ -115,7 +115,7 @@ def main():
     parser.add_argument(
         "--val", default="", help="local text file to validate on (default: the last tenth of --source)"
     )
-    parser.add_argument("--tokenizer", default="gpt2", choices=TOKENIZERS)
+    parser.add_argument("--tokenizer", default="gpt2", help=TOKENIZER_HELP)
     parser.add_argument("--out_dir", default=Path(__file__).parent, help="where to write (default: beside this file)")
     args = parser.parse_args()
     if args.val and not args.source:

@@ -191,7 +191,7 @@ def test_the_same_data_at_another_path(home, tmp_path, stage, monkeypatch):
     run(home, stage, out, "--resume", "--dataset", tmp_path / "moved", "--max_steps", 6)
     assert steps_of(out) == list(range(1, 7))
     for name, value in (("crc32", {"train": 1, "val": 2}), ("block_size", 33), ("vocab_size", 260)):
-        changed = load(out / NEWEST)
+        changed = load_checkpoint(out / NEWEST)
         changed["data"][name] = value
         monkeypatch.setattr(engine.checkpoint, "load_latest", lambda out_dir: changed)  # noqa: B023
         with pytest.raises(UserError, match=rf"not the one that the run began with \({name} differ\)"):

@@ -356,7 +356,7 @@ def read_examples(folder, kind, block_size):
     module, stage = {"sft": (sft, sft.SFT), "dpo": (dpo, dpo.DPO)}[kind]
     config = GPTConfig(**SHAPE, n_kv_head=1, block_size=block_size, vocab_size=320)
     options = dict(device="cpu", batch_size=1, micro_batch_size=1, eval_examples=3, lora_rank=1)
-    checkpoint = dict(config=asdict(config), model=WEIGHTS, data=dict(tokenizer="bytes"))
+    checkpoint = dict(config=asdict(config), model=WEIGHTS, data=dict(tokenizer="bytes"), path=folder / "best.pt")
     task = stage(module.Settings(dataset=str(folder), **options), checkpoint)
     assert task.meta["vocab_size"] == task.encoding.n_vocab
     for part in (task.train_examples, task.val_examples):
@@ -430,7 +430,7 @@ def checkpoint(home):
 def is_refused_or_equal(path, content, expected):
     path.write_bytes(content)
     try:
-        return same(load_checkpoint(path), expected)
+        return same(load_checkpoint(path), {**expected, "path": path})
     except UserError as error:
         return is_one_line(error)
 
@@ -454,7 +454,7 @@ def test_checkpoints_of_anything_are_refused_or_equal(home, checkpoint, data):
     except UserError as error:
         assert is_one_line(error)
     else:
-        assert same(loaded, contents)
+        assert same(loaded, {**contents, "path": home / "any.pt"})
         assert all(isinstance(loaded[name], dict) for name in ("model", "config", "settings", "data"))
 
 

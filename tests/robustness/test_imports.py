@@ -20,6 +20,7 @@ ALLOWED = {
     "train": {"model", "lora", "data", "engine"},
     "sft": {"train", "model", "lora", "data", "engine"},
     "dpo": {"sft", "train", "model", "lora", "data", "engine"},
+    "convert": {"sft", "train", "model", "data", "engine"},
     "sample": {"sft", "train", "model", "data", "engine"},
     "bench": {"sample", "dpo", "sft", "train", "model", "lora", "data", "engine"},
 }

@@ -156,7 +156,7 @@ FLAGS = [
     ("unknown preset", None, "train --preset huge", "argument --preset: invalid choice: 'huge' .*tiny"),
     ("unknown attention", None, "train --attn v3", "argument --attn: invalid choice: 'v3' .*v2"),
     ("unknown kernel", None, "sample --attn_impl fast", "argument --attn_impl: invalid choice: 'fast'"),
-    ("unknown tokenizer", None, "train --tokenizer gpt3", "argument --tokenizer: invalid choice: 'gpt3' .*bytes"),
+    ("unknown tokenizer", None, "train --tokenizer gpt3", "no tokenizer is called 'gpt3'; there are gpt2 and bytes"),
     ("flash_attn without a GPU", None, "train --attn_impl flash_attn", "flash_attn needs a CUDA GPU"),
     ("flash_attn without a GPU to talk", None, "sample --attn_impl flash_attn", "flash_attn needs a CUDA GPU"),
     ("unknown device", None, "train --device gpu9", "--device gpu9 is not available here"),

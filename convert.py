@@ -1,0 +1,238 @@
+"""Bring a model in from Hugging Face's formats, take one of ours out, and make a plain Transformer a DIFF V2 model.
+
+python convert.py import HuggingFaceTB/SmolLM2-135M-Instruct out/smollm2   # a name on the hub, or a folder
+python convert.py diff out/smollm2/best.pt out/smollm2-v2                  # DIFF V2 with the same outputs
+python convert.py export out/dpo/best.pt out/hf                            # for transformers
+
+A Llama becomes the plain Transformer (--attn vanilla), a DiffLlama becomes V1, and the other way round. This needs two
+packages more: pip install safetensors tokenizers
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from engine.settings import Parser, UserError, run_script  # before torch, for Ctrl-C; isort: skip
+import huggingface_hub
+import torch
+
+from data.chat import CHAT_TEMPLATE, default_system
+from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
+from engine import parallel
+from engine.checkpoint import BEST, archive_previous_run, load_checkpoint, load_weights, run_folder, save_checkpoint
+from engine.huggingface import find_folder, new_folder, read_chat_template, read_json, read_safetensors, write_json
+from model import GPT, GPTConfig, pad_vocab
+from sft import load_config
+
+# ---------------------------------------------------------------------------------------------------
+# Configs: config.json and GPTConfig
+
+MODEL_TYPES = {"llama": "vanilla", "mistral": "vanilla", "diffllama": "v1"}  # a Mistral without window is a Llama
+CLASSES = {"vanilla": ("llama", "LlamaForCausalLM"), "v1": ("diffllama", "DiffLlamaForCausalLM")}
+
+# Our fields -> their names in config.json
+FIELDS = {
+    "block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+    "head_dim": "head_dim", "n_inner": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+
+# What model.py does not have -> the values in config.json that do without it; the first stands where none is given
+WITHOUT = {
+    "attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",), "sliding_window": (None,),
+    "rope_scaling": (None,), "rope_type": ("default",), "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+}  # fmt: skip
+
+
+def import_config(given):
+    """Translate the contents of a config.json to a GPTConfig. Raises UserError if model.py cannot express it."""
+    kind = given.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise UserError(f"the model_type {kind} is not read; {', '.join(MODEL_TYPES)} are")
+    rope = given.get("rope_parameters") or {}  # newer versions of transformers put what concerns RoPE there
+    given = {"tie_word_embeddings": False, "rope_theta": 10000.0, **given, **rope}
+    for name, values in WITHOUT.items():
+        if (value := given.get(name, values[0])) not in values:
+            raise UserError(f"config.json has {name} {value}, and this model does not")
+    fields = {ours: given[theirs] for ours, theirs in FIELDS.items() if given.get(theirs) is not None}
+    try:
+        fields.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
+        if missing := [theirs for ours, theirs in FIELDS.items() if ours not in fields and ours != "n_kv_head"]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return GPTConfig(attn=MODEL_TYPES[kind], **fields)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"config.json cannot be used: {error}") from error
+
+
+def export_config(config, end_of_text, ends):
+    """Return the contents of a config.json. `ends` are the ids that end a text or an answer."""
+    kind, architecture = CLASSES[config.attn]
+    return {
+        "architectures": [architecture], "model_type": kind, "torch_dtype": "float32",
+        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu", "attention_bias": False,
+        "bos_token_id": end_of_text, "eos_token_id": ends, "pad_token_id": end_of_text,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------
+# Weights: names, order of heads, and the norm's weight that DiffLlama does not have
+
+
+def to_hf_name(name):
+    """Return Llama's name of a weight: model.layers.0.self_attn.q_proj.weight for layers.0.attn.q_proj.weight."""
+    for ours, theirs in ((".attn.", ".self_attn."), ("attn_norm", "input_layernorm"),
+                         ("mlp_norm", "post_attention_layernorm")):  # fmt: skip
+        name = name.replace(ours, theirs)
+    return name if name == "lm_head.weight" else f"model.{name}"
+
+
+def is_paired(name, config):
+    """Return whether a weight has two heads of each pair of V1 as rows: those of q, k and v."""
+    return config.attn == "v1" and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+
+
+def import_weights(theirs, config):
+    """Translate {name: tensor} of a Llama or DiffLlama to the state_dict of GPT(config).
+
+    Raises UserError if a tensor is missing, unknown, of another shape or not finite.
+    """
+    with torch.device("meta"):  # names and shapes alone
+        expected = GPT(config).state_dict()
+    state, unknown = {}, {name for name in theirs if not name.endswith("rotary_emb.inv_freq")}
+    for name, like in expected.items():
+        if name.endswith("subln.weight"):
+            state[name] = torch.ones(like.shape)
+            continue
+        tied = config.tie_embeddings and name == "lm_head.weight"
+        source = to_hf_name("embed_tokens.weight" if tied else name)
+        unknown -= {source, to_hf_name(name)}
+        if source not in theirs:
+            raise UserError(f"the weights lack {source}")
+        if theirs[source].shape != like.shape:
+            shape, expected_shape = tuple(theirs[source].shape), tuple(like.shape)
+            raise UserError(f"{source} has the shape {shape}, by config.json it should have {expected_shape}")
+        if not theirs[source].isfinite().all():
+            raise UserError(f"{source} is not finite")
+        state[name] = theirs[source]
+        if is_paired(name, config):  # theirs has the first heads of all pairs before the second ones
+            heads = theirs[source].unflatten(0, (2, -1, config.head_dim))
+            state[name] = heads.transpose(0, 1).flatten(0, 2)
+    if unknown:
+        raise UserError(f"this model has no place for {', '.join(sorted(unknown)[:3])}")
+    return state
+
+
+def export_weights(state, config):
+    """Translate the state_dict of GPT(config) to {name: tensor} of a Llama or DiffLlama."""
+    theirs = {}
+    for name, tensor in state.items():
+        if name.endswith("subln.weight") or (config.tie_embeddings and name == "lm_head.weight"):
+            continue
+        if is_paired(name, config):
+            tensor = tensor.unflatten(0, (-1, 2, config.head_dim)).transpose(0, 1).flatten(0, 2)
+        if config.attn == "v1" and name.endswith("o_proj.weight"):  # it takes in the norm's weight, of all pairs
+            tensor = tensor * state[name.replace("o_proj", "subln")].repeat(config.n_head // 2)
+        theirs[to_hf_name(name)] = tensor.contiguous()
+    return theirs
+
+
+def diff_weights(state, config):
+    """Translate the state_dict of a plain Transformer to that of a DIFF V2 model that computes the same.
+
+    Both maps of a head are those of the plain head, and lambda is 0: A V - sigmoid(0) A V = A V / 2, which o_proj
+    doubles. In floating point, too, this is exact.
+    """
+    state = dict(state)
+    for attn in (f"layers.{layer}.attn" for layer in range(config.n_layer)):
+        heads = state[f"{attn}.q_proj.weight"].unflatten(0, (config.n_head, config.head_dim))
+        state[f"{attn}.q_proj.weight"] = heads.repeat_interleave(2, dim=0).flatten(0, 1)
+        state[f"{attn}.o_proj.weight"] = 2 * state[f"{attn}.o_proj.weight"]
+        state[f"{attn}.lambda_proj.weight"] = torch.zeros(config.n_head, config.n_embd)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------
+# The three commands
+
+
+def import_model(source, folder):
+    """Write the model in a Hugging Face folder, or of a name on the hub, to folder/best.pt."""
+    source = find_folder(source)
+    config, template = import_config(read_json(source / "config.json")), read_chat_template(source)
+    encoding = get_tokenizer("tokenizer.json", source)
+    if encoding.n_base > config.vocab_size:
+        raise UserError(f"tokenizer.json has {encoding.n_base} tokens, and the embedding {config.vocab_size}")
+    state = import_weights(read_safetensors(source), config)
+    if encoding.n_vocab > config.vocab_size:  # no room for the control tokens: new rows, the mean of the others
+        config = replace(config, vocab_size=pad_vocab(encoding.n_vocab))
+        for name in ("embed_tokens.weight", "lm_head.weight"):
+            rows = state[name].mean(0, keepdim=True).expand(config.vocab_size - len(state[name]), -1)
+            state[name] = torch.cat((state[name], rows))
+    stage = "sft" if IM_START in template else "pretrain"  # whether it has learned to chat
+    write_checkpoint(folder, state, config, encoding, settings={}, stage=stage, step=0)
+    if system := default_system(template):
+        print(f'its makers begin every chat with a system text; here that is: sample.py --system "{system}"')
+
+
+def diff_model(path, folder):
+    """Write the plain Transformer in a checkpoint to folder/best.pt as DIFF V2."""
+    checkpoint = load_checkpoint(path)
+    config, encoding = load_config(checkpoint, "auto")
+    if config.attn != "vanilla":
+        raise UserError(f"the model in {path} has the attention {config.attn}; only vanilla becomes DIFF V2")
+    state = diff_weights(load_weights(GPT(config), checkpoint).state_dict(), config)
+    kept = {name: checkpoint[name] for name in ("settings", "stage", "step")}
+    write_checkpoint(folder, state, replace(config, attn="v2"), encoding, **kept)
+
+
+def write_checkpoint(folder, state, config, encoding, **contents):
+    """Write folder/best.pt and the tokenizer beside it. Files of an earlier run there are moved aside."""
+    folder, data = Path(folder), {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab}
+    with run_folder(folder):
+        archive_previous_run(folder)
+        encoding.save(folder)
+        save_checkpoint(folder / BEST, model=state, config=asdict(config), data=data, **contents)
+    print(f"{folder / BEST}: {config.attn}, {config.n_layer} layers, {config.n_embd} wide, context {config.block_size}")
+
+
+def export_model(path, folder):
+    """Write the model in a checkpoint to a folder that AutoModelForCausalLM and AutoTokenizer load."""
+    checkpoint = load_checkpoint(path)
+    config, encoding = load_config(checkpoint, "auto")
+    if config.attn not in CLASSES:
+        raise UserError(
+            f"transformers has no class for the attention {config.attn}; sample.py talks to this model, and "
+            "python -m bench.harness evaluates it"
+        )
+    weights = export_weights(load_weights(GPT(config), checkpoint).state_dict(), config)
+    end_of_text, im_end = (encoding.encode_single_token(name) for name in (END_OF_TEXT, IM_END))
+    ends = [end_of_text] if checkpoint["stage"] == "pretrain" else [im_end, end_of_text]
+    bos, eos = encoding.decode([end_of_text]), encoding.decode(ends[:1])
+    with new_folder(folder) as temporary:
+        huggingface_hub.save_torch_state_dict(weights, temporary)
+        write_json(temporary / "config.json", export_config(config, end_of_text, ends))
+        write_json(temporary / "tokenizer.json", encoding.tokenizer_json())
+        settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=bos)
+        settings |= dict(clean_up_tokenization_spaces=False, model_max_length=config.block_size)
+        write_json(temporary / "tokenizer_config.json", settings | {"chat_template": CHAT_TEMPLATE})
+    print(f"{folder}: {CLASSES[config.attn][1]}, {config.n_layer} layers, {config.n_embd} wide")
+
+
+COMMANDS = {"import": import_model, "diff": diff_model, "export": export_model}
+
+
+def main():
+    parallel.refuse_torchrun()
+    parser = Parser(__doc__)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("source", help="import: a name on the hub, or a folder; diff, export: a checkpoint")
+    parser.add_argument("folder", help="where to write; for export, a new folder")
+    arguments = parser.parse_args()
+    COMMANDS[arguments.command](arguments.source, arguments.folder)
+
+
+if __name__ == "__main__":
+    run_script(main)

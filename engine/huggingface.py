@@ -1,0 +1,93 @@
+"""Hugging Face's folders: config.json, weights in safetensors, tokenizer.json, a chat template.
+
+What the formats of models mean is in convert.py; this reads and writes their files.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+
+from engine.settings import UserError
+
+FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+FILES += ["model*.safetensors", "model.safetensors.index.json"]
+
+
+def find_folder(source):
+    """Return `source` if it is a folder, else download the model of that name on the hub -> its folder."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=FILES))
+    except Exception as error:  # the hub's client, its HTTP library and the operating system each raise their own
+        kind = type(error).__name__
+        raise UserError(f"{source} is no folder, and the hub does not give it ({kind})") from error
+
+
+def read_json(path):
+    """Read a file with one JSON object. Raises UserError if it is missing or something else."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(contents, dict):
+            raise ValueError
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path} is damaged: it is no JSON object") from error
+    return contents
+
+
+def read_safetensors(folder):
+    """Read model.safetensors, or the shards of model.safetensors.index.json -> {name: float32 tensor}."""
+    try:
+        import safetensors.torch  # here, because it is not in requirements.txt
+    except ImportError as error:
+        raise UserError("this needs the package safetensors: pip install safetensors tokenizers") from error
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        files = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        if not all(isinstance(name, str) and Path(name).name == name for name in files):
+            raise UserError(f"{index} is damaged: its weight_map names no files of this folder")
+    tensors = {}
+    for path in (folder / name for name in sorted(files)):
+        try:
+            tensors |= safetensors.torch.load_file(path)
+        except FileNotFoundError as error:
+            raise UserError(f"there is no {path}") from error
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def read_chat_template(folder):
+    """Return the chat template of a model as text, "" if it has none."""
+    if (path := folder / "chat_template.jinja").exists():
+        return path.read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.exists() else ""  # or a list of several
+    return template if isinstance(template, str) else ""
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yield a temporary folder, and rename it to `folder` at the end. Raises UserError if that has files already."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already, and nothing there is overwritten; name another folder")
+    temporary = Path(f"{folder}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path, contents):
+    path.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
