@@ -86,10 +86,10 @@ def choose_settings(given, settings_class, presets, stage):
     tokenizer, attn = checkpoint["data"].get("tokenizer"), checkpoint["config"].get("attn")
     preset = given.get("preset", "auto")
     if preset == "auto":
-        size = sum(tensor.numel() for tensor in checkpoint["model"].values() if torch.is_tensor(tensor))
-        larger = "ldiff" if size < 6e8 else "1b" if size < 4e9 else "10b"
-        preset = "tiny" if tokenizer == "bytes" else larger
-        why = f"{path} has the tokenizer {tokenizer} and {size / 1e6:,.1f}M weights"
+        # Tied weights have one address and count once.
+        size = sum({t.data_ptr(): t.numel() for t in checkpoint["model"].values() if torch.is_tensor(t)}.values())
+        preset = "tiny" if tokenizer == "bytes" else "ldiff" if size < 6e8 else "1b" if size < 4e9 else "10b"
+        why = f"{path} has the tokenizer {tokenizer} and {size / 1e6:,.1f}M parameters"
         print(f"preset: {preset}, since {why}; --preset chooses another")
     settings = settings_class(**{**presets[preset], **given, "preset": preset, "attn": attn})
     return parallel.fit_micro_batch_size(settings, given), checkpoint

@@ -14,11 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.runs import KINDS, LEARNING_RATES, add_flags, log_path, parse_runs, train_missing
+from bench.runs import (
+    KINDS,
+    LEARNING_RATES,
+    SMOLLM2_NOISE,
+    SMOLLM2_RATES,
+    add_flags,
+    log_path,
+    parse_runs,
+    train_missing,
+)
 from engine.settings import Parser, UserError, fail, run_script
 
 try:
     import matplotlib.pyplot as plt
+    from PIL import Image  # which matplotlib needs
 except ImportError:
     fail("the pictures need matplotlib: pip install -r requirements-dev.txt")
 plt.switch_backend("Agg")
@@ -28,8 +38,10 @@ NAMES = {
     "vanilla-bare": "(a) plain Transformer, nothing else", "v1-bare": "(b) V1 without the methods",
     "v1": "(c) V1", "v2": "(c) V2", "vanilla": "(d) plain Transformer",
 }  # fmt: skip
+SMOLLM2_NAMES = {"vanilla": "plain", "v2": "V2", "v2-noise": "V2 with noise"}
 EARLY = (200, 1000)  # steps over which the early loss is averaged
 SPIKE, MEMORY = 10, 100  # a spike is a gradient norm above SPIKE times the median of the MEMORY steps before
+GAP_STEPS = (100, 250, 500, 1000)  # at which a table compares V2 made from SmolLM2 with SmolLM2
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -352,6 +364,111 @@ def maps(logs, runs, folder):
     save(figure, folder / "maps.png")
 
 
+# ---------------------------------------------------------------------------------------------------
+# SmolLM2-135M-Instruct: trained on as it is and as DIFF V2, and fine-tuned as DIFF V2
+
+
+def smollm2(logs, runs, folder):
+    kinds = {k: {rate: read_log(logs, f"smollm2/{k}-{rate}") for rate in SMOLLM2_RATES} for k in SMOLLM2_NOISE}
+    # A run that diverged ends with NaN and is not the best.
+    ends = {k: {rate: np.nan_to_num(log["val_loss"][-1], nan=np.inf) for rate, log in kinds[k].items()} for k in kinds}
+    best = {kind: min(losses, key=losses.get) for kind, losses in ends.items()}
+    plain, v2, noisy = kinds["vanilla"][best["vanilla"]], kinds["v2"][best["v2"]], kinds["v2-noise"][best["v2"]]
+
+    figure, (loss_axis, gap_axis, lambda_axis) = plt.subplots(1, 3, figsize=(13, 3.8))
+    styles = {"vanilla": dict(color=COLORS["vanilla"]), "v2": dict(color=COLORS["v2"])}
+    styles["v2-noise"] = dict(color="tab:green", linestyle="--")
+    for kind, rate in itertools.product(kinds, SMOLLM2_RATES):
+        log, width = kinds[kind][rate], 2 if rate == best[kind] else 0.7
+        measured = ~np.isnan(log["val_loss"])
+        style = dict(label=f"{SMOLLM2_NAMES[kind]}, {rate}", linewidth=width, **styles[kind])
+        loss_axis.plot(log["step"][measured], log["val_loss"][measured], **style)
+    loss_axis.set(xlabel="step", ylabel="held-out loss, nats", title="SmolLM2-135M, trained further")
+    loss_axis.legend(title="peak learning rate (best: thick)", title_fontsize=8, fontsize=8)
+
+    steps = plain["step"][~np.isnan(plain["val_loss"])]
+    gap_axis.axhline(0, color="lightgray", zorder=0)
+    for gap, label, line in zip(gaps(v2, plain, steps), ("steps", "time (that of plain's steps)"), ("o-", "s--")):
+        gap_axis.plot(steps, gap, line, color=COLORS["v2"], markersize=3, linewidth=1, label=f"at equal {label}")
+    title = f"V2 ({best['v2']}) against plain ({best['vanilla']})"
+    gap_axis.set(xlabel="step", ylabel="held-out loss, V2 minus plain, nats", title=title)
+    gap_axis.legend(fontsize=8)
+
+    measured, layers = ~np.isnan(v2["lambdas"][:, 0]), v2["lambdas"].shape[1]
+    colors = plt.cm.ScalarMappable(plt.Normalize(0, layers - 1), "viridis")
+    for layer in range(layers):
+        lam = v2["lambdas"][measured, layer]
+        lambda_axis.plot(v2["step"][measured], lam, color=colors.to_rgba(layer), linewidth=1)
+    figure.colorbar(colors, ax=lambda_axis, label="layer")
+    lambda_axis.set(xlabel="step", ylabel="lambda, the factor of the second map", title=f"V2 ({best['v2']}): lambda")
+    save(figure, path := folder / "smollm2.png")
+    with Image.open(path) as image:  # with a palette, the lines of 30 colours take a third of the bytes
+        image.convert("RGB").quantize().save(path)
+
+    names = {(kind, rate): f"{SMOLLM2_NAMES[kind]}, {rate}" for kind, rate in itertools.product(kinds, SMOLLM2_RATES)}
+    settings = runs["smollm2/vanilla-2e-4"].settings
+    tokens = settings.batch_size * settings.block_size  # a step, in all runs
+    rows = [{"run": name} | continued_row(kinds[kind][rate], tokens) for (kind, rate), name in names.items()]
+    print_table("SmolLM2-135M, trained further", rows)
+    print_table(f"Difference in held-out loss, nats: {title}", gap_rows(plain, v2, noisy))
+    rows = [{"run": name} | lambda_row(kinds[k][rate]) for (k, rate), name in names.items() if k != "vanilla"]
+    print_table("Lambda there: the mean over layers (lowest to highest)", rows)
+
+
+def continued_row(log, tokens):
+    """The held-out losses of a run, and its speed, where a step has so many tokens."""
+    losses = {"start": log["val_loss"][0], "end": log["val_loss"][-1], "lowest": np.nanmin(log["val_loss"])}
+    speed = np.nanmedian(log["tokens_per_s"])
+    row = {f"held-out loss, {name}": f"{value:.4f}" for name, value in losses.items()}
+    return row | {"ms a step": f"{1000 * tokens / speed:.1f}", "thousand tokens/s": f"{speed / 1000:.1f}"}
+
+
+def held_out_at(log, steps):
+    """The held-out loss after some steps, interpolated between validations. NaN after the end of the run."""
+    measured = ~np.isnan(log["val_loss"])
+    return np.interp(steps, log["step"][measured], log["val_loss"][measured], right=np.nan)
+
+
+def gaps(log, plain, steps):
+    """The held-out loss of a run minus plain's after some steps of plain -> at equal steps, at equal time."""
+    # A step has as many tokens in both. The median is a speed without the compilation in the first step.
+    speed, plain_speed = np.nanmedian(log["tokens_per_s"]), np.nanmedian(plain["tokens_per_s"])
+    meanwhile = np.array(steps) * speed / plain_speed  # the run's steps in the time of plain's
+    return held_out_at(log, steps) - held_out_at(plain, steps), held_out_at(log, meanwhile) - held_out_at(plain, steps)
+
+
+def gap_rows(plain, v2, noisy):
+    """The differences at GAP_STEPS. A cell is empty where a run has ended before."""
+    noise = held_out_at(noisy, GAP_STEPS) - held_out_at(v2, GAP_STEPS)
+    columns = dict(zip(("V2 minus plain, equal steps", "equal time"), gaps(v2, plain, GAP_STEPS)))
+    columns["V2 with noise minus V2, equal steps"] = noise
+    rows = [{"step": step} for step in GAP_STEPS]
+    for name, values in columns.items():
+        for row, value in zip(rows, values):
+            row[name] = f"{value:+.4f}" if np.isfinite(value) else ""
+    return rows
+
+
+def lambda_row(log):
+    """Lambda before the first step and after the last."""
+    first, *_, last = log["lambdas"][~np.isnan(log["lambdas"][:, 0])]
+    ends = {"start": first, "end": last}
+    return {name: f"{lam.mean():.3f} ({lam.min():.3f} to {lam.max():.3f})" for name, lam in ends.items()}
+
+
+def smollm2_tuning(logs, runs, folder):
+    rows = []
+    for stage in ("sft", "dpo"):
+        log = read_log(logs, f"smollm2/{stage}")
+        row = {"stage": stage.upper(), "steps": int(log["step"][-1])}
+        losses = {"before": log["val_loss"][0], "after": log["val_loss"][-1], "lowest": np.nanmin(log["val_loss"])}
+        row |= {f"held-out loss, {name}": f"{value:.4f}" for name, value in losses.items()}
+        for name in ("accuracy", "margin"):
+            row[f"{name}, after"] = f"{log[f'val_{name}'][-1]:.3f}" if f"val_{name}" in log else ""
+        rows.append(row)
+    print_table("SmolLM2-135M as DIFF V2, fine-tuned", rows)
+
+
 def legend_above(axis):
     """Put the legend above the picture, where it hides no data."""
     axis.set_title(axis.get_title(), pad=44)
@@ -370,6 +487,7 @@ FIGURES = {  # by group of runs
     "corpus": (corpus, lambdas, inside, maps),
     "rates": (stability,),
     "tuning": (tuning,),
+    "smollm2": (smollm2, smollm2_tuning),
 }
 
 

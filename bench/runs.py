@@ -6,7 +6,8 @@ python -m bench.runs --list                   # their names
 
 An interrupted run goes on from its checkpoint in out/runs. Several processes share the runs among them, on one GPU or
 each on its own (CUDA_VISIBLE_DEVICES). --corpus names a data set of your own for the longer runs; docs/results.md says
-what it was. The tuning runs start from the models of other runs, which have to be finished.
+what it was. The tuning runs start from the models of other runs, which have to be finished. The smollm2 runs start from
+SmolLM2-135M-Instruct in out/smollm2 and out/smollm2-v2, which convert.py writes; their data sets end in -smollm2.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import fnmatch
 import functools
 import itertools
 import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +37,7 @@ from engine.checkpoint import (
     NEWEST,
     PREVIOUS,
     RUN_FILES,
+    TOKENIZER_FILE,
     Checkpointer,
     load_checkpoint,
     load_latest,
@@ -49,6 +52,9 @@ SENTENCE = "The dog that chased the cat up the tree sat down under the tree, and
 COLUMNS = ("step", "loss", "grad_norm", "accuracy", "margin", "val_loss", "val_accuracy", "val_margin")  # of a kept log
 KINDS = ("vanilla", "v1", "v2")  # a fork's own attention has no place in the report's figures
 LEARNING_RATES = (6e-4, 2e-3, 6e-3)
+SMOLLM2 = {"vanilla": "out/smollm2/best.pt", "v2": "out/smollm2-v2/best.pt"}
+SMOLLM2_NOISE = {"vanilla": 0.0, "v2": 0.0, "v2-noise": 0.1}  # by kind of run
+SMOLLM2_RATES = ("2e-4", "6e-4")  # as in their names
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -94,11 +100,15 @@ class PlannedRun:
     after: str = ""  # name of the run whose best.pt it starts from
     keep_best: bool = False  # keep its own best.pt, from which another run starts
     probe_texts: int = 0  # texts on which bench.probes measures the trained model
+    noise: float = 0.0  # in the second query heads at the start, in units of the RMS of their weights
+    full_log: bool = False  # the kept log has the validation before the first step, and the speed
 
 
 BARE = dict(bare=True, compile="off", weight_decay=0.01)
 SHORT = dict(batch_size=8, micro_batch_size=8, max_steps=1000, eval_interval=50, save_interval=500)
 LONG = dict(batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=250, save_interval=500)
+CONTINUED = dict(batch_size=16, micro_batch_size=16, max_steps=1000, eval_interval=50, save_interval=500)
+CONTINUED |= dict(warmup_steps=100)
 
 
 def pretraining(attn, bare=False, keep_best=False, probe_texts=0, **settings):
@@ -125,6 +135,16 @@ def planned_runs(corpus, out):
     ):  # fmt: skip
         settings = settings_class(preset="ldiff", attn="v2", save_interval=1000, init_from=f"{out}/{after}/best.pt")
         runs[f"tuning/{stage}"] = PlannedRun(task_class, settings, after=after, keep_best=stage == "sft")
+    for rate, (kind, noise) in itertools.product(SMOLLM2_RATES, SMOLLM2_NOISE.items()):
+        attn = kind.removesuffix("-noise")
+        start = dict(preset="ldiff", attn=attn, init_from=SMOLLM2[attn], dataset=f"{corpus}-smollm2")
+        settings = train.Settings(**start, learning_rate=float(rate), **CONTINUED)
+        runs[f"smollm2/{kind}-{rate}"] = PlannedRun(train.Pretraining, settings, noise=noise, full_log=True)
+    tuned = dict(preset="ldiff", attn="v2", eval_interval=25)
+    settings = sft.Settings(init_from=SMOLLM2["v2"], dataset="slimorca-smollm2", max_steps=200, **tuned)
+    runs["smollm2/sft"] = PlannedRun(sft.SFT, settings, keep_best=True, full_log=True)
+    tuned |= dict(init_from=f"{out}/smollm2/sft/best.pt", dataset="orca_dpo_pairs-smollm2", max_steps=100)
+    runs["smollm2/dpo"] = PlannedRun(dpo.DPO, dpo.Settings(**tuned), after="smollm2/sft", keep_best=True, full_log=True)
     return runs
 
 
@@ -134,7 +154,7 @@ def shrink(plan):
     small |= dict(warmup_steps=1)
     if isinstance(plan.settings, train.Settings):
         small |= {**train.SHAPES["tiny"][plan.settings.attn], "block_size": 256, "n_layer": 4, "n_embd": 192}
-        small |= dict(eval_windows=2)
+        small |= dict(eval_windows=2, init_from="")
     else:
         small |= dict(eval_examples=4)
     return replace(plan, settings=replace(plan.settings, **small), probe_texts=min(plan.probe_texts, 2))
@@ -153,6 +173,23 @@ def make_task(plan, settings, checkpoint):
     return task, train.make_optimizer(task.model, getattr(settings, "weight_decay", 0.0))  # tuning has no decay
 
 
+@torch.no_grad()
+def add_noise(model, noise, seed):
+    """Add noise to the second query heads of a DIFF V2 model: normal, of `noise` times the RMS of a head's weights."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on all machines
+    for layer in model.layers:
+        second = layer.attn.q_proj.weight.unflatten(0, (-1, 2, layer.attn.head_dim))[:, 1]  # a view, (H / 2, D, C)
+        rms = second.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        second += noise * rms * torch.randn(second.shape, generator=generator).to(second.device)
+
+
+@torch.no_grad()
+def query_distances(model):
+    """Return how far the two query heads of a pair are apart in each layer, relative to the RMS of their norms."""
+    pairs = [layer.attn.q_proj.weight.unflatten(0, (-1, 2, layer.attn.head_dim)) for layer in model.layers]
+    return [((q[:, 0] - q[:, 1]).norm() / (q.norm() / math.sqrt(2))).item() for q in pairs]
+
+
 def train_run(plan, folder, log, device):
     """Train a run in `folder`, which is locked, or resume it. Writes `log`, what is kept of its log.csv."""
     resume = any((folder / name).exists() for name in (NEWEST, PREVIOUS))
@@ -160,29 +197,41 @@ def train_run(plan, folder, log, device):
     checkpoint = load_checkpoint(settings.init_from) if settings.init_from and not resume else None
     if resume:
         checkpoint = load_latest(folder)
+    if checkpoint and plan.task_class is train.Pretraining:  # its model has the shape, which the plan does not know
+        shape = {name: checkpoint["config"][name] for name in train.MODEL_FLAGS - {"attn", "block_size"}}
+        settings = replace(settings, **shape)
 
-    def record_lambdas(row):
-        if "val_loss" in row:
-            with autocast(task.device):
-                lambdas = task.model.lambdas(task.val_batches[0][0][:1].to(task.device))
-            with open(folder / "lambdas.csv", "a", encoding="utf-8") as file:
-                file.write(f"{row['step']},{' '.join(f'{value:.4f}' for value in lambdas)}\n")
+    def record_lambdas(step):
+        with autocast(task.device):
+            lambdas = task.model.lambdas(task.val_batches[0][0][:1].to(task.device))
+        with open(folder / "lambdas.csv", "a", encoding="utf-8") as file:
+            file.write(f"{step},{' '.join(f'{value:.4f}' for value in lambdas)}\n")
 
-    patched = mock.patch.multiple(train, pad_vocab=unpadded_vocab, lr_at=constant_lr)
+    def on_step(row):
+        if "val_loss" in row and plan.task_class is train.Pretraining:
+            record_lambdas(row["step"])
+
+    # A resumed run would miss the ids of chats, which an unpadded vocabulary has not.
+    patched = mock.patch.multiple(train, pad_vocab=unpadded_vocab, lr_at=constant_lr, check_fit=mock.DEFAULT)
     with patched if plan.bare else contextlib.nullcontext():
         task, optimizer = make_task(plan, settings, checkpoint)
         checkpointer = Checkpointer(task, optimizer)
         checkpointer.start(checkpoint)
         if not plan.keep_best:
             checkpointer.save_if_best = lambda step, val_loss: False
-        on_step = record_lambdas if plan.task_class is train.Pretraining else None
+        if plan.noise and not resume:
+            add_noise(task.model, plan.noise, settings.seed)
+        if plan.task_class is train.Pretraining and not resume:
+            record_lambdas(0)
         try:
             train.fit(task, optimizer, checkpointer, Log(task), on_step)
         except Diverged as error:  # its log up to here is the result
             print(f"{folder}: {error}")
     if plan.probe_texts:
         write_probes(task, plan.probe_texts, log.with_suffix(".json"))
-    keep_log(folder, log)  # last, since it marks the run as done
+    if plan.full_log and plan.task_class is train.Pretraining and settings.attn == "v2":
+        write_json(log.with_suffix(".json"), {"query_distances": query_distances(task.model)})
+    keep_log(folder, log, plan.full_log)  # last, since it marks the run as done
 
 
 def write_probes(task, texts, path):
@@ -191,21 +240,32 @@ def write_probes(task, texts, path):
     found = probe(task.model, task.encoding, tokens, task.settings.block_size, texts)
     with autocast(task.device), torch.no_grad():
         found["sentence"] = sentence_maps(task.model, task.encoding, SENTENCE)
+    write_json(path, found)
+
+
+def write_json(path, contents):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(contents) + "\n", encoding="utf-8")
 
 
-def keep_log(folder, path):
-    """Write the COLUMNS of a run's log.csv to `path`, in five digits, and its lambdas if they were recorded."""
+def keep_log(folder, path, full=False):
+    """Write the COLUMNS of a run's log.csv to `path`, in five digits, and its lambdas if they were recorded.
+
+    A full log has two things more: row 0, the validation before the first step, and the speed.
+    """
     lambdas = {}
     if (folder / "lambdas.csv").exists():
         with open(folder / "lambdas.csv", encoding="utf-8") as file:
             lambdas = dict(line.split(",") for line in file.read().split("\n") if "," in line)
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    rows = [row for row in rows if row["step"] != "0"]  # the validation before the first step
-    columns = [name for name in COLUMNS if name in rows[0]] + ["lambdas"]
+    columns = [name for name in COLUMNS if name in rows[0]]
+    if full:
+        columns += [name for name in rows[0] if name.endswith("_per_s")]
+    else:
+        rows = [row for row in rows if row["step"] != "0"]
+    columns.append("lambdas")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -219,8 +279,8 @@ def keep_log(folder, path):
 
 def remove_run(folder):
     """Remove the files of a run, and its folder if nothing else is in it."""
-    for name in (*RUN_FILES, "lock"):
-        (folder / name).unlink(missing_ok=True)
+    for path in (*(folder / name for name in (*RUN_FILES, "lock")), *folder.glob(TOKENIZER_FILE)):
+        path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
 
@@ -286,6 +346,7 @@ def parse_runs(parser):
     if arguments.smoke:
         chosen = {name: plan for name, plan in runs.items() if plan.keep_best or not name.endswith(("-2", "-3"))}
         runs = {name: shrink(plan) for name, plan in chosen.items()}
+        runs["smollm2/sft"] = replace(runs["tuning/sft"], full_log=True)  # SmolLM2 itself is too large
         for name in runs:
             remove_run(Path(arguments.out) / name)
             for suffix in (".csv", ".json"):

@@ -1,7 +1,10 @@
 """What the tests share: models so small that a test can compute them by hand, and runs of a few steps."""
 
 import csv
+import functools
+import json
 import sys
+import tempfile
 from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ import sft
 import train
 from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
 from data.slimorca.prepare import tokenize as tokenize_conversation
+from data.tokenizer import CONTROL_TOKENS
 from data.write import write_examples
 from engine.checkpoint import save_checkpoint
 from model import GPT, GPTConfig
@@ -39,6 +43,63 @@ def tiny_model(attn, heads="multi-head", **changes):
 
 def relative_error(ours, reference):
     return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+# ------------------------------------------------------------------------------------- tokenizers
+
+SENTENCES = ["The quick brown fox jumps over the lazy dog. It's 1234 o'clock.\n\n    return x", "user assistant"]
+LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+LLAMA3_PATTERN += r"\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = {"chatml": CONTROL_TOKENS, "gaps": CONTROL_TOKENS, "llama3": ("<|begin_of_text|>", "<|end_of_text|>")}
+
+
+@functools.cache
+def tokenizer_text(kind):
+    """A tokenizer.json, a byte-level BPE of some 320 tokens.
+
+    plain        without special tokens
+    chatml       with the control tokens
+    llama3       with Llama 3's special tokens and words
+    words        with added tokens that are not special
+    nfc          composes combining marks, as Qwen's
+    gaps         chatml, whose last ids come after a gap
+    plain_gaps   plain, whose last ids come after a gap
+    added_gaps   plain, and control tokens to which the file gives other ids than the library
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if kind == "llama3":
+        words = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+        bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_alone])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = dict(vocab_size=320, initial_alphabet=alphabet, special_tokens=[*SPECIAL.get(kind, ())])
+    if kind == "nfc":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(show_progress=False, **options))
+    if kind == "words":
+        tokenizer.add_tokens(["<think>", "    "])
+    contents = json.loads(tokenizer.to_str())
+    vocabulary = contents["model"]["vocab"]
+    if kind in ("gaps", "plain_gaps"):
+        vocabulary |= {token: index + 10 for token, index in vocabulary.items() if index >= 315}
+    if kind == "added_gaps":
+        plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        ids = {name: len(vocabulary) + 5 * i for i, name in enumerate(CONTROL_TOKENS[:2], 1)}
+        contents["added_tokens"] = [dict(id=index, content=name, **plain) for name, index in ids.items()]
+    contents["model"]["ignore_merges"] = kind == "llama3"
+    return json.dumps(contents)
+
+
+def write_tokenizer(folder, kind="chatml"):
+    """Write tokenizer.json, and what transformers wants beside it. Returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer_text(kind))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder / "tokenizer.json"
 
 
 # ------------------------------------------------------------------------------------- runs
@@ -117,6 +178,20 @@ def tune(stage, home, folder, *flags, attn="v2", **options):
     start = [] if "--resume" in flags else ["--init_from", home / f"{attn}.pt"]
     flags = [*TUNE, "--dataset", home / "set", "--out_dir", folder, *start, *flags]
     return run_main(STAGES[stage], *flags, **options)
+
+
+# ------------------------------------------------------------------------------------- hypothesis
+
+CACHES = tempfile.TemporaryDirectory(prefix="hypothesis-")  # not in the repository; deleted at the end
+
+
+def examples(count):
+    """Settings for a test of `count` inputs, the same ones every time."""
+    from hypothesis import HealthCheck, configuration, settings
+
+    configuration.set_hypothesis_home_dir(CACHES.name)
+    quiet = dict(deadline=None, suppress_health_check=[*HealthCheck])  # how fast it is depends on other work
+    return settings(max_examples=count, derandomize=True, database=None, **quiet)
 
 
 # ------------------------------------------------------------------------------------- what they leave

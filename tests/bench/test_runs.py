@@ -1,6 +1,7 @@
 """bench/runs.py, bench/figures.py and bench/table2.py: the report's runs, what is read from their logs, and Table 2."""
 
 import csv
+import itertools
 import types
 from dataclasses import replace
 from functools import partial
@@ -16,8 +17,8 @@ from bench import figures, runs, table2
 from data.write import write_dataset
 from engine import log, parallel
 from engine.checkpoint import NEWEST, PREVIOUS, Checkpointer, load_checkpoint, run_folder
-from engine.settings import UserError
-from model import GPT
+from engine.settings import Parser, UserError
+from model import GPT, GPTConfig
 
 SHAPE = dict(preset="tiny", block_size=32, n_layer=2, n_embd=32, n_head=2, head_dim=16, n_inner=48, device="cpu")
 FEW = dict(batch_size=2, micro_batch_size=1, max_steps=6, warmup_steps=2, eval_interval=2, eval_windows=2)
@@ -50,7 +51,7 @@ def train_run(plan, folder, log):
 
 def test_the_runs_are_those_of_the_report():
     planned = runs.planned_runs("docs", "out/runs")
-    assert len(planned) == 5 * 3 + 3 * 2 + 3 * 3 + 2
+    assert len(planned) == 5 * 3 + 3 * 2 + 3 * 3 + 2 + 3 * 2 + 2
     for name, plan in planned.items():
         s = plan.settings
         tokens = s.batch_size * getattr(s, "block_size", 0)
@@ -58,7 +59,7 @@ def test_the_runs_are_those_of_the_report():
             assert (tokens, s.max_steps, s.warmup_steps) == (8 * 2048, 1000, 200)
         if name.startswith("corpus/"):
             assert (tokens, s.max_steps, s.dataset) == (65536, 1500, "docs")
-        assert s.attn == ("v2" if name.startswith("tuning/") else name.split("/")[1].split("-")[0])
+        assert s.attn == ("v2" if name.endswith(("/sft", "/dpo")) else name.split("/")[1].split("-")[0])
         assert plan.bare == ("bare" in name)
     naive = {name for name, plan in planned.items() if plan.settings.attn_impl == "naive"}
     assert naive == {f"curves/vanilla-bare-{seed}" for seed in (1, 2, 3)}
@@ -67,6 +68,90 @@ def test_the_runs_are_those_of_the_report():
         plan = planned[f"tuning/{stage}"]
         assert plan.after == before and planned[before].keep_best
         assert plan.settings.init_from == f"out/runs/{before}/best.pt"
+
+
+def test_the_runs_of_smollm2():
+    """They are planned without its files."""
+    planned = {name: plan for name, plan in runs.planned_runs("docs", "out/runs").items() if "smollm2/" in name}
+    assert all(plan.full_log and not plan.bare for plan in planned.values())
+    for rate, kind in ((rate, kind) for rate in ("2e-4", "6e-4") for kind in ("vanilla", "v2", "v2-noise")):
+        plan = planned.pop(f"smollm2/{kind}-{rate}")
+        s = plan.settings
+        assert (s.batch_size, s.micro_batch_size, s.block_size) == (16, 16, 2048)
+        assert (s.max_steps, s.warmup_steps) == (1000, 100)
+        assert (s.eval_interval, s.eval_windows, s.seed, s.dataset) == (50, 64, 1, "docs-smollm2")
+        assert s.learning_rate == float(rate) and plan.noise == (0.1 if kind == "v2-noise" else 0)
+        assert s.init_from == ("out/smollm2/best.pt" if kind == "vanilla" else "out/smollm2-v2/best.pt")
+    first, second = planned.pop("smollm2/sft"), planned.pop("smollm2/dpo")
+    assert not planned and first.keep_best and second.after == "smollm2/sft"
+    found = [(p.settings.init_from, p.settings.dataset, p.settings.max_steps) for p in (first, second)]
+    assert found[0] == ("out/smollm2-v2/best.pt", "slimorca-smollm2", 200)
+    assert found[1] == ("out/runs/smollm2/sft/best.pt", "orca_dpo_pairs-smollm2", 100)
+
+
+def test_a_run_has_the_shape_of_the_model_it_starts_from(plan, tmp_path, monkeypatch):
+    """But its own context; also after an interruption."""
+    train_run(plan(keep_best=True, n_kv_head=1), tmp_path / "start", tmp_path / "start.csv")
+    other = dict(init_from=f"{tmp_path}/start/best.pt", block_size=16, n_layer=1, n_embd=64, n_head=1, n_inner=8)
+    save = Checkpointer.save
+
+    def save_and_stop(checkpointer, step):
+        save(checkpointer, step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Checkpointer, "save", save_and_stop)
+        train_run(plan(**other), tmp_path / "run", tmp_path / "run.csv")
+    train_run(plan(**other), tmp_path / "run", tmp_path / "run.csv")
+    before, after = (load_checkpoint(path)["config"] for path in (other["init_from"], tmp_path / "run" / NEWEST))
+    assert after == before | {"block_size": 16} and before["n_kv_head"] == 1
+    with pytest.raises(UserError, match="the checkpoint's model has attn v2, but the settings say vanilla"):
+        train_run(plan(**other, attn="vanilla"), tmp_path / "plain", tmp_path / "plain.csv")
+
+
+def test_noise_is_in_the_second_query_heads_alone():
+    torch.manual_seed(1)
+    config = GPTConfig(attn="v2", vocab_size=64, n_layer=2, n_embd=64, n_head=4, n_kv_head=2, head_dim=32, n_inner=48)
+    model, again, another = GPT(config), GPT(config), GPT(config)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for other, seed in ((model, 1), (again, 1), (another, 2)):
+        other.load_state_dict(before)
+        runs.add_noise(other, 0.1, seed)
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"layers.{layer}.attn.q_proj.weight" for layer in range(2)}
+    for name in changed:
+        old, new = (state[name].view(8, 32, 64) for state in (before, after))
+        assert torch.equal(new[::2], old[::2])
+        noise = (new - old)[1::2]
+        relative = noise.pow(2).mean((1, 2)).sqrt() / old[1::2].pow(2).mean((1, 2)).sqrt()
+        assert relative.tolist() == pytest.approx([0.1] * 4, rel=0.1)
+        assert not torch.allclose(noise[0], noise[1])
+        assert torch.equal(again.state_dict()[name], after[name])
+        assert not torch.equal(another.state_dict()[name], after[name])
+
+
+def test_noise_comes_once(plan, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runs, "add_noise", lambda model, noise, seed: seen.append((noise, seed)))
+    noisy = replace(plan(seed=3, max_steps=3), noise=0.1)
+    train_run(noisy, tmp_path / "run", tmp_path / "run.csv")
+    train_run(replace(noisy, settings=replace(noisy.settings, max_steps=6)), tmp_path / "run", tmp_path / "run.csv")
+    assert seen == [(0.1, 3)]
+    train_run(plan(), tmp_path / "other", tmp_path / "other.csv")
+    assert len(seen) == 1
+
+
+def test_a_full_log_has_the_start_and_the_speed_and_others_have_not(plan, tmp_path):
+    train_run(plan(), tmp_path / "run", tmp_path / "run.csv")
+    runs.keep_log(tmp_path / "run", tmp_path / "full.csv", full=True)
+    usual, full = (read_csv(tmp_path / f"{name}.csv") for name in ("run", "full"))
+    assert list(usual[0]) == ["step", "loss", "grad_norm", "val_loss", "lambdas"]
+    assert list(full[0]) == ["step", "loss", "grad_norm", "val_loss", "tokens_per_s", "lambdas"]
+    assert [{name: row[name] for name in usual[0]} for row in full[1:]] == usual
+    first = full[0]
+    assert (first["step"], first["loss"], first["tokens_per_s"]) == ("0", "", "") and float(first["val_loss"]) > 0
+    assert len(first["lambdas"].split()) == 2 and all(float(row["tokens_per_s"]) > 0 for row in full[1:])
 
 
 def test_a_run_without_the_methods(plan, tmp_path):
@@ -133,9 +218,10 @@ def test_only_missing_runs_are_trained_and_their_folders_removed(plan, tmp_path,
 
     monkeypatch.setattr(runs, "train_run", fake)
     (tmp_path / "curves-a.csv").write_text("")
+    tokenizer = "tokenizer-0a1b2c3d.json"
     for name in ("a", "b", "c"):
         (tmp_path / "curves" / name).mkdir(parents=True)
-        for file in (NEWEST, PREVIOUS, "best.pt"):
+        for file in (NEWEST, PREVIOUS, "best.pt", tokenizer):
             (tmp_path / "curves" / name / file).write_text("")
     arguments = types.SimpleNamespace(logs=tmp_path, out=tmp_path, device="cpu")
     with run_folder(tmp_path / "curves" / "a"):  # as if another process were training it
@@ -143,7 +229,7 @@ def test_only_missing_runs_are_trained_and_their_folders_removed(plan, tmp_path,
     assert (tmp_path / "curves" / "a" / "best.pt").exists()
     runs.train_missing({"curves/a": plan(), "curves/b": plan(), "curves/c": plan(keep_best=True)}, arguments)
     assert trained == [("b", "curves-b.csv"), ("c", "curves-c.csv")]
-    assert {path.name for path in (tmp_path / "curves").rglob("*")} - {"lock"} == {"c", "best.pt"}
+    assert {path.name for path in (tmp_path / "curves").rglob("*")} - {"lock"} == {"c", "best.pt", tokenizer}
     with pytest.raises(UserError, match="x begins with the model of curves/b, which is not done"):
         runs.train_missing({"x": replace(plan(), after="curves/b")}, arguments)
 
@@ -167,6 +253,7 @@ def test_small_runs_are_about_the_same_thing():
         small = runs.shrink(plan)
         assert (small.task_class, small.bare, small.after) == (plan.task_class, plan.bare, plan.after)
         assert (small.settings.dataset, small.settings.max_steps) == ("tiny", 4)
+        assert (small.noise, small.full_log) == (plan.noise, plan.full_log)
         for name in ("attn", "attn_impl", "compile", "learning_rate"):
             assert getattr(small.settings, name) == getattr(plan.settings, name)
 
@@ -241,20 +328,78 @@ def test_stability_of_a_run():
     assert figures.stability_row(log_of([1] * 6, val_loss=[np.nan] * 6), settings)["diverged"] == "step 6"
 
 
+def test_a_small_test_does_without_smollm2(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["runs.py", "--smoke", "--out", str(tmp_path)])
+    parser = Parser("")
+    runs.add_flags(parser)
+    _, planned = runs.parse_runs(parser)
+    starts = {name: plan.settings.init_from for name, plan in planned.items() if name.startswith("smollm2/")}
+    assert len(starts) == 8 and starts.pop("smollm2/sft") == f"{tmp_path}/smoke/corpus/v2-2/best.pt"
+    assert starts.pop("smollm2/dpo") == f"{tmp_path}/smoke/smollm2/sft/best.pt" and not any(starts.values())
+
+
+def continued(losses, speed, lambdas=(0.5, 0.5)):
+    """A log of steps 0 to 20 * (len(losses) - 1), with a validation every 20."""
+    last = 20 * (len(losses) - 1)
+    val_loss, tokens_per_s = np.full(last + 1, np.nan), np.full(last + 1, float(speed))
+    val_loss[::20], tokens_per_s[:2] = losses, (np.nan, speed / 9)  # the first step compiles
+    by_layer = np.full((last + 1, len(lambdas)), np.nan)
+    by_layer[::20] = 0.5
+    by_layer[-1] = lambdas
+    return dict(step=np.arange(last + 1), val_loss=val_loss, tokens_per_s=tokens_per_s, lambdas=by_layer)
+
+
+def test_the_gap_at_equal_steps_and_at_equal_time():
+    plain, slower = continued([5.0, 4.0, 3.5, 3.25], 1000), continued([5.0, 3.9, 3.4, 3.1], 800)
+    equal_steps, equal_time = figures.gaps(slower, plain, [0, 20, 50, 60, 70])
+    assert equal_steps[:4] == pytest.approx([0, 3.9 - 4.0, 3.25 - 3.375, 3.1 - 3.25])
+    # In the time of 20, 50 and 60 steps, the slower one takes 16, 40 and 48.
+    assert equal_time[:4] == pytest.approx([0, 4.12 - 4.0, 3.4 - 3.375, 3.28 - 3.25])
+    assert np.isnan([equal_steps[4], equal_time[4]]).all()  # both have ended
+    assert np.isnan(figures.gaps(plain, slower, [60])[1]).all()  # a faster one ends before
+    assert figures.held_out_at(plain, [10, 60, 61])[:2] == pytest.approx([4.5, 3.25])
+
+
+def test_differences_of_smollm2_in_a_table():
+    steps = np.arange(0, 1001, 20)
+    plain, v2 = continued(4 - steps / 1000, 1000), continued(4 - steps / 900, 500)
+    noisy = continued(4 - steps[:31] / 800, 500)  # ends after step 600
+    rows = figures.gap_rows(plain, v2, noisy)
+    assert [row["step"] for row in rows] == [100, 250, 500, 1000]
+    for row in rows:
+        step, (equal_steps, equal_time, noise) = row["step"], list(row.values())[1:]
+        assert float(equal_steps) == pytest.approx(step / 1000 - step / 900, abs=1e-4)
+        assert float(equal_time) == pytest.approx(step / 1000 - step / 2 / 900, abs=1e-4)
+        assert noise == ("" if step == 1000 else f"{step / 900 - step / 800:+.4f}")
+
+
+def test_start_end_speed_and_lambda_of_a_run_of_smollm2():
+    log = continued([3.5, 3.0, 3.25], 2000, lambdas=(0.3, 0.4, 0.8))
+    row = dict(start="3.5000", end="3.2500", lowest="3.0000")
+    row = {f"held-out loss, {name}": text for name, text in row.items()}
+    assert figures.continued_row(log, tokens=64) == row | {"ms a step": "32.0", "thousand tokens/s": "2.0"}
+    assert figures.lambda_row(log) == {"start": "0.500 (0.500 to 0.500)", "end": "0.500 (0.300 to 0.800)"}
+
+
 def test_pictures_and_tables_of_all_runs(tmp_path, capsys):
     """Kept logs are enough for them."""
     planned = {name: runs.shrink(plan) for name, plan in runs.planned_runs("docs", "out").items()}
     for name in planned:
-        columns = [c for c in runs.COLUMNS if name == "tuning/dpo" or "accuracy" not in c and "margin" not in c]
+        columns = [c for c in runs.COLUMNS if name.endswith("/dpo") or "accuracy" not in c and "margin" not in c]
+        columns += ["tokens_per_s"] * planned[name].full_log
         lines = [",".join([*columns, "lambdas"])]
-        lines += [",".join([str(step), *["0.5"] * (len(columns) - 1), "0.2 0.3"]) for step in range(1, 5)]
+        value = "0.25" if name == "smollm2/v2-6e-4" else "0.5"
+        lines += [",".join([str(step), *[value] * (len(columns) - 1), "0.2 0.3"]) for step in range(1, 5)]
         runs.log_path(tmp_path, name).write_text("\n".join(lines) + "\n")
-    for draw in (figures.curves, figures.tuning, figures.stability, figures.lambdas, figures.wikitext2, figures.corpus):
+    without_probes = set(itertools.chain(*figures.FIGURES.values())) - {figures.inside, figures.maps}
+    for draw in without_probes:
         draw(tmp_path, planned, tmp_path)
     text = capsys.readouterr().out
     assert "| v1 | 3 | 0.500 ± 0.000 | 1.65 ± 0.00 | 0.000 ± 0.000 |" in text
     assert "| 0.002 | v2 | 0 | 0 | 0.50 | 0.50 | 0.500 | 0.500 | no |" in text
-    for name in ("curves", "tuning", "stability", "lambdas"):
+    assert "Difference in held-out loss, nats: V2 (6e-4) against plain (2e-4)" in text
+    assert "| DPO | 4 | 0.5000 | 0.5000 | 0.5000 | 0.500 | 0.500 |" in text
+    for name in ("curves", "tuning", "stability", "lambdas", "smollm2"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
