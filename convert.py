@@ -8,18 +8,27 @@ A Llama becomes the plain Transformer (--attn vanilla), a DiffLlama becomes V1, 
 packages more: pip install safetensors tokenizers
 """
 
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from engine.settings import Parser, UserError, run_script  # before torch, for Ctrl-C; isort: skip
-import huggingface_hub
 import torch
 
 from data.chat import CHAT_TEMPLATE, default_system
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
 from engine import parallel
 from engine.checkpoint import BEST, archive_previous_run, load_checkpoint, load_weights, run_folder, save_checkpoint
-from engine.huggingface import find_folder, new_folder, read_chat_template, read_json, read_safetensors, write_json
+from engine.huggingface import (
+    find_folder,
+    new_folder,
+    read_chat_template,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
+from engine.terminal import printable
 from model import GPT, GPTConfig, pad_vocab
 from sft import load_config
 
@@ -40,28 +49,34 @@ FIELDS = {
 # What model.py does not have -> the values in config.json that do without it; the first stands where none is given
 WITHOUT = {
     "attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",), "sliding_window": (None,),
-    "rope_scaling": (None,), "rope_type": ("default",), "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
+    "partial_rotary_factor": (1.0, None), "quantization_config": (None,),
 }  # fmt: skip
 
 
 def import_config(given):
     """Translate the contents of a config.json to a GPTConfig. Raises UserError if model.py cannot express it."""
     kind = given.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise UserError(f"the model_type {kind} is not read; {', '.join(MODEL_TYPES)} are")
-    rope = given.get("rope_parameters") or {}  # newer versions of transformers put what concerns RoPE there
-    given = {"tie_word_embeddings": False, "rope_theta": 10000.0, **given, **rope}
+    ropes = [given.get(name) or {} for name in ("rope_scaling", "rope_parameters")]  # older and newer configs
+    for rope in ropes:
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise UserError(f"this model has no RoPE scaling, and config.json has {rope}")
+    window = 4096 if kind == "mistral" else None  # Mistral's, where none is given
+    given = {"sliding_window": window, "tie_word_embeddings": False, "rope_theta": 10000.0, **given}
+    given |= ropes[0] | ropes[1]
     for name, values in WITHOUT.items():
         if (value := given.get(name, values[0])) not in values:
             raise UserError(f"config.json has {name} {value}, and this model does not")
     fields = {ours: given[theirs] for ours, theirs in FIELDS.items() if given.get(theirs) is not None}
+    for ours, value in fields.items():
+        if isinstance(value, bool) != (ours == "tie_embeddings") or not isinstance(value, (int, float)):
+            raise UserError(f"config.json cannot be used: its {FIELDS[ours]} is {value!r}")
+    if missing := [FIELDS[name] for name in FIELDS if name not in fields and name not in ("n_kv_head", "head_dim")]:
+        raise UserError(f"config.json lacks {', '.join(missing)}")
     try:
-        fields.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
-        if missing := [theirs for ours, theirs in FIELDS.items() if ours not in fields and ours != "n_kv_head"]:
-            raise ValueError(f"it lacks {', '.join(missing)}")
-        return GPTConfig(attn=MODEL_TYPES[kind], **fields)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        return GPTConfig(attn=MODEL_TYPES[kind], **{"head_dim": fields["n_embd"] // fields["n_head"], **fields})
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"config.json cannot be used: {error}") from error
 
 
@@ -99,8 +114,13 @@ def import_weights(theirs, config):
 
     Raises UserError if a tensor is missing, unknown, of another shape or not finite.
     """
-    with torch.device("meta"):  # names and shapes alone
-        expected = GPT(config).state_dict()
+    try:
+        if config.n_layer > len(theirs):
+            raise ValueError(f"there are no weights for {config.n_layer} layers")
+        with torch.device("meta"):  # names and shapes alone
+            expected = GPT(config).state_dict()
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # sizes beyond all numbers
+        raise UserError(f"config.json cannot be used: {error}") from error
     state, unknown = {}, {name for name in theirs if not name.endswith("rotary_emb.inv_freq")}
     for name, like in expected.items():
         if name.endswith("subln.weight"):
@@ -171,10 +191,11 @@ def import_model(source, folder):
         for name in ("embed_tokens.weight", "lm_head.weight"):
             rows = state[name].mean(0, keepdim=True).expand(config.vocab_size - len(state[name]), -1)
             state[name] = torch.cat((state[name], rows))
-    stage = "sft" if IM_START in template else "pretrain"  # whether it has learned to chat
+    stage, system = "sft" if IM_START in template else "pretrain", default_system(template)
     write_checkpoint(folder, state, config, encoding, settings={}, stage=stage, step=0)
-    if system := default_system(template):
-        print(f'its makers begin every chat with a system text; here that is: sample.py --system "{system}"')
+    if system:
+        command = f"sample.py --system {shlex.quote(printable(system))}"
+        print(f"its makers begin every chat with a system text; here that is: {command}")
 
 
 def diff_model(path, folder):
@@ -207,12 +228,14 @@ def export_model(path, folder):
             f"transformers has no class for the attention {config.attn}; sample.py talks to this model, and "
             "python -m bench.harness evaluates it"
         )
+    if config.attn == "vanilla" and config.n_embd % config.n_head:
+        raise UserError(f"Llama's width is a multiple of its heads, and {config.n_embd} is not one of {config.n_head}")
     weights = export_weights(load_weights(GPT(config), checkpoint).state_dict(), config)
     end_of_text, im_end = (encoding.encode_single_token(name) for name in (END_OF_TEXT, IM_END))
     ends = [end_of_text] if checkpoint["stage"] == "pretrain" else [im_end, end_of_text]
     bos, eos = encoding.decode([end_of_text]), encoding.decode(ends[:1])
     with new_folder(folder) as temporary:
-        huggingface_hub.save_torch_state_dict(weights, temporary)
+        write_safetensors(temporary, weights)
         write_json(temporary / "config.json", export_config(config, end_of_text, ends))
         write_json(temporary / "tokenizer.json", encoding.tokenizer_json())
         settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=bos)

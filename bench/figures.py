@@ -14,16 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.runs import (
-    KINDS,
-    LEARNING_RATES,
-    SMOLLM2_NOISE,
-    SMOLLM2_RATES,
-    add_flags,
-    log_path,
-    parse_runs,
-    train_missing,
-)
+from bench.runs import KINDS, LEARNING_RATES, add_flags, log_path, parse_runs, train_missing
 from engine.settings import Parser, UserError, fail, run_script
 
 try:
@@ -38,7 +29,13 @@ NAMES = {
     "vanilla-bare": "(a) plain Transformer, nothing else", "v1-bare": "(b) V1 without the methods",
     "v1": "(c) V1", "v2": "(c) V2", "vanilla": "(d) plain Transformer",
 }  # fmt: skip
-SMOLLM2_NAMES = {"vanilla": "plain", "v2": "V2", "v2-noise": "V2 with noise"}
+SMOLLM2_LINES = {  # of the runs of smollm2, in a picture; the wide ones are below others
+    "vanilla-2e-4": dict(label="plain, 2e-4", color="moccasin", linewidth=5),
+    "v2-2e-4": dict(label="V2, 2e-4", color="tab:orange", linewidth=1.2),
+    "vanilla-6e-4": dict(label="plain, 6e-4", color="lightgray", linewidth=5),
+    "v2-6e-4": dict(label="V2, 6e-4", color="tab:blue", linewidth=1.2),
+    "v2-noise-6e-4": dict(label="V2 with noise, 6e-4", color="black", linewidth=1.2, linestyle=":"),
+}
 EARLY = (200, 1000)  # steps over which the early loss is averaged
 SPIKE, MEMORY = 10, 100  # a spike is a gradient norm above SPIKE times the median of the MEMORY steps before
 GAP_STEPS = (100, 250, 500, 1000)  # at which a table compares V2 made from SmolLM2 with SmolLM2
@@ -369,29 +366,24 @@ def maps(logs, runs, folder):
 
 
 def smollm2(logs, runs, folder):
-    kinds = {k: {rate: read_log(logs, f"smollm2/{k}-{rate}") for rate in SMOLLM2_RATES} for k in SMOLLM2_NOISE}
-    # A run that diverged ends with NaN and is not the best.
-    ends = {k: {rate: np.nan_to_num(log["val_loss"][-1], nan=np.inf) for rate, log in kinds[k].items()} for k in kinds}
-    best = {kind: min(losses, key=losses.get) for kind, losses in ends.items()}
-    plain, v2, noisy = kinds["vanilla"][best["vanilla"]], kinds["v2"][best["v2"]], kinds["v2-noise"][best["v2"]]
+    found = {name: read_log(logs, f"smollm2/{name}") for name in SMOLLM2_LINES}
+    labels = {name: line["label"] for name, line in SMOLLM2_LINES.items()}
+    plain, v2, noisy = (found[f"{kind}-6e-4"] for kind in ("vanilla", "v2", "v2-noise"))  # the better rate of both
 
     figure, (loss_axis, gap_axis, lambda_axis) = plt.subplots(1, 3, figsize=(13, 3.8))
-    styles = {"vanilla": dict(color=COLORS["vanilla"]), "v2": dict(color=COLORS["v2"])}
-    styles["v2-noise"] = dict(color="tab:green", linestyle="--")
-    for kind, rate in itertools.product(kinds, SMOLLM2_RATES):
-        log, width = kinds[kind][rate], 2 if rate == best[kind] else 0.7
+    for name, log in found.items():
         measured = ~np.isnan(log["val_loss"])
-        style = dict(label=f"{SMOLLM2_NAMES[kind]}, {rate}", linewidth=width, **styles[kind])
-        loss_axis.plot(log["step"][measured], log["val_loss"][measured], **style)
+        loss_axis.plot(log["step"][measured], log["val_loss"][measured], **SMOLLM2_LINES[name])
     loss_axis.set(xlabel="step", ylabel="held-out loss, nats", title="SmolLM2-135M, trained further")
-    loss_axis.legend(title="peak learning rate (best: thick)", title_fontsize=8, fontsize=8)
+    loss_axis.legend(title="peak learning rate", title_fontsize=8, fontsize=8)
 
+    settings = runs["smollm2/vanilla-6e-4"].settings
     steps = plain["step"][~np.isnan(plain["val_loss"])]
+    steps = steps[steps >= settings.warmup_steps]  # before, the loss falls too steeply to interpolate it
     gap_axis.axhline(0, color="lightgray", zorder=0)
     for gap, label, line in zip(gaps(v2, plain, steps), ("steps", "time (that of plain's steps)"), ("o-", "s--")):
         gap_axis.plot(steps, gap, line, color=COLORS["v2"], markersize=3, linewidth=1, label=f"at equal {label}")
-    title = f"V2 ({best['v2']}) against plain ({best['vanilla']})"
-    gap_axis.set(xlabel="step", ylabel="held-out loss, V2 minus plain, nats", title=title)
+    gap_axis.set(xlabel="step", ylabel="held-out loss, V2 minus plain, nats", title="V2 against plain, 6e-4")
     gap_axis.legend(fontsize=8)
 
     measured, layers = ~np.isnan(v2["lambdas"][:, 0]), v2["lambdas"].shape[1]
@@ -400,19 +392,22 @@ def smollm2(logs, runs, folder):
         lam = v2["lambdas"][measured, layer]
         lambda_axis.plot(v2["step"][measured], lam, color=colors.to_rgba(layer), linewidth=1)
     figure.colorbar(colors, ax=lambda_axis, label="layer")
-    lambda_axis.set(xlabel="step", ylabel="lambda, the factor of the second map", title=f"V2 ({best['v2']}): lambda")
+    lambda_axis.set(xlabel="step", ylabel="lambda, the factor of the second map", title="V2, 6e-4: lambda")
     save(figure, path := folder / "smollm2.png")
     with Image.open(path) as image:  # with a palette, the lines of 30 colours take a third of the bytes
         image.convert("RGB").quantize().save(path)
 
-    names = {(kind, rate): f"{SMOLLM2_NAMES[kind]}, {rate}" for kind, rate in itertools.product(kinds, SMOLLM2_RATES)}
-    settings = runs["smollm2/vanilla-2e-4"].settings
     tokens = settings.batch_size * settings.block_size  # a step, in all runs
-    rows = [{"run": name} | continued_row(kinds[kind][rate], tokens) for (kind, rate), name in names.items()]
+    rows = [{"run": labels[name]} | continued_row(log, tokens) for name, log in found.items()]
     print_table("SmolLM2-135M, trained further", rows)
-    print_table(f"Difference in held-out loss, nats: {title}", gap_rows(plain, v2, noisy))
-    rows = [{"run": name} | lambda_row(kinds[k][rate]) for (k, rate), name in names.items() if k != "vanilla"]
-    print_table("Lambda there: the mean over layers (lowest to highest)", rows)
+    print_table("Difference in held-out loss, nats, at 6e-4", gap_rows(plain, v2, noisy))
+    rows = []
+    for name, log in found.items():
+        if name.startswith("v2"):
+            path = log_path(logs, f"smollm2/{name}").with_suffix(".json")
+            distances = json.loads(path.read_text(encoding="utf-8"))["query_distances"]
+            rows.append({"run": labels[name]} | lambda_row(log, distances))
+    print_table("Lambda and the distance of the query heads there: mean over layers (lowest to highest)", rows)
 
 
 def continued_row(log, tokens):
@@ -449,11 +444,11 @@ def gap_rows(plain, v2, noisy):
     return rows
 
 
-def lambda_row(log):
-    """Lambda before the first step and after the last."""
+def lambda_row(log, distances):
+    """Lambda before the first step and after the last, and how far the two query heads of a pair are apart then."""
     first, *_, last = log["lambdas"][~np.isnan(log["lambdas"][:, 0])]
-    ends = {"start": first, "end": last}
-    return {name: f"{lam.mean():.3f} ({lam.min():.3f} to {lam.max():.3f})" for name, lam in ends.items()}
+    by_layer = {"lambda, start": first, "lambda, end": last, "query heads apart, end": np.array(distances)}
+    return {name: f"{x.mean():.3f} ({x.min():.3f} to {x.max():.3f})" for name, x in by_layer.items()}
 
 
 def smollm2_tuning(logs, runs, folder):

@@ -53,8 +53,6 @@ COLUMNS = ("step", "loss", "grad_norm", "accuracy", "margin", "val_loss", "val_a
 KINDS = ("vanilla", "v1", "v2")  # a fork's own attention has no place in the report's figures
 LEARNING_RATES = (6e-4, 2e-3, 6e-3)
 SMOLLM2 = {"vanilla": "out/smollm2/best.pt", "v2": "out/smollm2-v2/best.pt"}
-SMOLLM2_NOISE = {"vanilla": 0.0, "v2": 0.0, "v2-noise": 0.1}  # by kind of run
-SMOLLM2_RATES = ("2e-4", "6e-4")  # as in their names
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -135,11 +133,11 @@ def planned_runs(corpus, out):
     ):  # fmt: skip
         settings = settings_class(preset="ldiff", attn="v2", save_interval=1000, init_from=f"{out}/{after}/best.pt")
         runs[f"tuning/{stage}"] = PlannedRun(task_class, settings, after=after, keep_best=stage == "sft")
-    for rate, (kind, noise) in itertools.product(SMOLLM2_RATES, SMOLLM2_NOISE.items()):
-        attn = kind.removesuffix("-noise")
-        start = dict(preset="ldiff", attn=attn, init_from=SMOLLM2[attn], dataset=f"{corpus}-smollm2")
-        settings = train.Settings(**start, learning_rate=float(rate), **CONTINUED)
-        runs[f"smollm2/{kind}-{rate}"] = PlannedRun(train.Pretraining, settings, noise=noise, full_log=True)
+    for (attn, start), rate in itertools.product(SMOLLM2.items(), ("2e-4", "6e-4")):
+        settings = dict(preset="ldiff", attn=attn, init_from=start, dataset=f"{corpus}-smollm2", **CONTINUED)
+        settings = train.Settings(**settings, learning_rate=float(rate))
+        runs[f"smollm2/{attn}-{rate}"] = PlannedRun(train.Pretraining, settings, full_log=True)
+    runs["smollm2/v2-noise-6e-4"] = replace(runs["smollm2/v2-6e-4"], noise=0.1)
     tuned = dict(preset="ldiff", attn="v2", eval_interval=25)
     settings = sft.Settings(init_from=SMOLLM2["v2"], dataset="slimorca-smollm2", max_steps=200, **tuned)
     runs["smollm2/sft"] = PlannedRun(sft.SFT, settings, keep_best=True, full_log=True)

@@ -8,7 +8,6 @@ Control tokens are inserted by id, and everything else is encoded as ordinary te
 message can end the message, begin another, or change the loss mask.
 """
 
-import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.tokenizer import IM_END, IM_START
@@ -50,10 +49,11 @@ def _header(role, encoding):
 
 def default_system(template):
     """Return the system text that a Hugging Face chat template in ChatML begins with if none is given, else ""."""
+    options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])  # as in transformers
     try:
-        environment = ImmutableSandboxedEnvironment()  # templates are programs
+        environment = ImmutableSandboxedEnvironment(**options)
         text = environment.from_string(template).render(messages=[{"role": "user", "content": ""}])
-    except (jinja2.TemplateError, TypeError):  # it wants more, or is none
+    except Exception:  # a template is a program, which may want more than messages
         return ""
     frame = f"{IM_START}system\n"
     return text.removeprefix(frame).split(IM_END)[0] if text.startswith(frame) else ""

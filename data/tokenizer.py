@@ -33,7 +33,8 @@ def get_tokenizer(name, folder=""):
         return _gpt2() if name == "gpt2" else _bytes()
     if not str(name).endswith(".json"):
         raise UserError(f"no tokenizer is called {name!r}; there are {' and '.join(TOKENIZERS)}, or a tokenizer.json")
-    return _from_file(str(Path(folder, name).absolute()))
+    path = Path(folder, name).absolute()
+    return _from_file(str(path), path.stat().st_mtime_ns if path.exists() else 0)
 
 
 class Encoding(tiktoken.Encoding):
@@ -113,8 +114,26 @@ def with_control_tokens(described, control):
     return {**described, "added_tokens": list(added.values())}
 
 
+def check_byte_level(described):
+    """Raise ValueError unless the contents of a tokenizer.json are a byte-level BPE.
+
+    Others would encode a message by itself otherwise than within its frame, or cannot be decoded token by token.
+    """
+    parts = [described["model"], described["pre_tokenizer"], described["decoder"]]
+    model, pre_tokenizer, decoder = (
+        [part["type"] for part in [whole, *whole.get("pretokenizers", ())]] for whole in parts
+    )
+    if model != ["BPE"] or "ByteLevel" not in pre_tokenizer or decoder != ["ByteLevel"]:
+        raise ValueError(f"it has a {model[0]}, split by {pre_tokenizer[-1]} and joined by {decoder[0]}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if parts[0].get(name):
+            raise ValueError(f"it has a {name}")
+    if '"add_prefix_space": true' in json.dumps(parts[1]):
+        raise ValueError("it has add_prefix_space")
+
+
 @functools.cache
-def _from_file(path):
+def _from_file(path, changed):
     return FileTokenizer(path)
 
 
@@ -130,24 +149,27 @@ class FileTokenizer:
         try:
             self.contents = Path(path).read_bytes()
             described = json.loads(self.contents)
-            parts = [described["model"], described["pre_tokenizer"], described["decoder"]]
-            kinds = [[part["type"] for part in [whole, *whole.get("pretokenizers", ())]] for whole in parts]
-            has_prefix = '"add_prefix_space": true' in json.dumps(parts[1])
-            # A tokenizer of words would encode a message by itself otherwise than within its frame.
-            if kinds[0] != ["BPE"] or "ByteLevel" not in kinds[1] or kinds[2] != ["ByteLevel"] or has_prefix:
-                raise UserError(f"{path} is another kind of tokenizer than a byte-level BPE")
-            added = {token["content"]: token for token in described["added_tokens"]}
+            check_byte_level(described)
+            added = {token["content"]: token["id"] for token in described["added_tokens"]}
+            ids = described["model"]["vocab"] | added
+            if sorted(ids.values()) != list(range(len(ids))) or not ids:
+                raise ValueError("its ids have gaps, or stand for two tokens")
+            byte_of = {character: value for value, character in BYTE_CHARACTERS.items()}
+            self.bytes_of = {
+                index: name.encode() if name in added else bytes(byte_of[character] for character in name)
+                for name, index in ids.items()
+            }
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not the tokenizer.json of a byte-level BPE") from error
+            raise UserError(f"{path} is not the tokenizer.json of a byte-level BPE ({error})") from error
         digest = hashlib.sha256(self.contents).hexdigest()[:8]
         self.name = f"tokenizer-{digest}.json"
         if re.fullmatch(r"tokenizer-[0-9a-f]{8}\.json", Path(path).name) and Path(path).name != self.name:
             raise UserError(f"{path} is damaged: its checksum is {digest}")
-        self.control = {name: added[name]["id"] for name in CONTROL_TOKENS if name in added}
-        if END_OF_TEXT not in added and LLAMA3_END_OF_TEXT in added:
-            self.control[END_OF_TEXT] = added[LLAMA3_END_OF_TEXT]["id"]
+        if END_OF_TEXT not in ids and LLAMA3_END_OF_TEXT in ids:
+            ids[END_OF_TEXT] = ids[LLAMA3_END_OF_TEXT]
+        self.control = {name: ids[name] for name in CONTROL_TOKENS if name in ids}
         try:
             from tokenizers import Tokenizer  # here, because only models from elsewhere need it
         except ImportError as error:
@@ -158,19 +180,12 @@ class FileTokenizer:
             raise UserError(f"{path} is damaged: {error}") from error
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
-        vocabulary = self.tokenizer.get_vocab()
-        self.n_base = self.n_vocab = max(vocabulary.values()) + 1
+        self.tokenizer.no_padding()
+        self.n_base = self.n_vocab = len(self.bytes_of)
         for name in CONTROL_TOKENS:
             if name not in self.control:
-                self.control[name], self.n_vocab = self.n_vocab, self.n_vocab + 1
-        byte_of = {character: value for value, character in BYTE_CHARACTERS.items()}
-        plain = {token: index for token, index in vocabulary.items() if token not in added}
-        try:
-            self.bytes_of = {index: bytes(byte_of[character] for character in token) for token, index in plain.items()}
-        except KeyError as error:
-            raise UserError(f"{path} has a token with {error}, which stands for no byte") from error
-        self.bytes_of |= {index: name.encode() for name, index in self.control.items()}
-        self.bytes_of |= {token["id"]: name.encode() for name, token in added.items()}
+                self.control[name], self.bytes_of[self.n_vocab] = self.n_vocab, name.encode()
+                self.n_vocab += 1
 
     def encode_ordinary(self, text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates, as tiktoken does
@@ -180,7 +195,7 @@ class FileTokenizer:
         return self.control[name]
 
     def decode_single_token_bytes(self, token):
-        return self.bytes_of.get(token, b"")  # a vocabulary may have gaps
+        return self.bytes_of[token]
 
     def decode(self, ids, errors="replace"):
         return b"".join(map(self.decode_single_token_bytes, ids)).decode("utf-8", errors)
@@ -190,7 +205,8 @@ class FileTokenizer:
         return with_control_tokens(json.loads(self.contents), self.control)
 
     def save(self, folder):
-        """Write the file to `folder`, under its name, unless it is there."""
-        if not (path := Path(folder) / self.name).exists():
+        """Write the file to `folder`, under its name, unless it is there and whole."""
+        path = Path(folder) / self.name
+        if not path.exists() or path.read_bytes() != self.contents:
             with atomic_write(path) as temporary:
                 temporary.write_bytes(self.contents)

@@ -347,7 +347,10 @@ def prepare_anew(prepare, directory, source="", **options):
         if waited and is_up_to_date(directory, source):
             meta = read_meta(directory)
             same_place = Path(meta["source"]).is_absolute() == bool(source)  # both local, or both from the hub
-            if same_place and all(meta.get(name) == value for name, value in options.items()):
+            asked = dict(options)
+            if "tokenizer" in asked:
+                asked["tokenizer"] = get_tokenizer(asked["tokenizer"]).name  # for a file as well
+            if same_place and all(meta.get(name) == value for name, value in asked.items()):
                 print(f"{directory}: prepared by the other process")
                 return
         prepare(directory, source=source, **options)

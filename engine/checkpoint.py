@@ -14,6 +14,7 @@ processes can read them. To merge them into one file:
 """
 
 import contextlib
+import fnmatch
 import itertools
 import math
 import os
@@ -106,7 +107,7 @@ def remove_temporary_files(out_dir):
     """Remove the files that a killed run left half written."""
     for path in out_dir.glob("*.tmp"):
         name, _, process = path.stem.rpartition(".")
-        if name in RUN_FILES and process.isdecimal() and path.is_file():
+        if (name in RUN_FILES or fnmatch.fnmatch(name, TOKENIZER_FILE)) and process.isdecimal() and path.is_file():
             path.unlink()
 
 

@@ -41,19 +41,27 @@ def read_json(path):
     return contents
 
 
-def read_safetensors(folder):
-    """Read model.safetensors, or the shards of model.safetensors.index.json -> {name: float32 tensor}."""
+@contextlib.contextmanager
+def needs_safetensors():
+    """Turn an ImportError into a UserError: requirements.txt does not have the package."""
     try:
-        import safetensors.torch  # here, because it is not in requirements.txt
+        yield
     except ImportError as error:
         raise UserError("this needs the package safetensors: pip install safetensors tokenizers") from error
+
+
+def read_safetensors(folder):
+    """Read model.safetensors, or the shards of model.safetensors.index.json -> {name: float32 tensor}."""
+    with needs_safetensors():
+        import safetensors.torch
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        files = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-        if not all(isinstance(name, str) and Path(name).name == name for name in files):
+        names = weight_map.values() if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise UserError(f"{index} is damaged: its weight_map names no files of this folder")
+        files = {*names}
     tensors = {}
     for path in (folder / name for name in sorted(files)):
         try:
@@ -68,7 +76,10 @@ def read_safetensors(folder):
 def read_chat_template(folder):
     """Return the chat template of a model as text, "" if it has none."""
     if (path := folder / "chat_template.jinja").exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise UserError(f"{path} is not UTF-8 text") from error
     path = folder / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.exists() else ""  # or a list of several
     return template if isinstance(template, str) else ""
@@ -87,6 +98,12 @@ def new_folder(folder):
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_safetensors(folder, tensors):
+    """Write {name: tensor} as model.safetensors, or beyond 5 GB as shards and their index."""
+    with needs_safetensors():
+        huggingface_hub.save_torch_state_dict(tensors, folder)
 
 
 def write_json(path, contents):

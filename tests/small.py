@@ -50,7 +50,7 @@ def relative_error(ours, reference):
 SENTENCES = ["The quick brown fox jumps over the lazy dog. It's 1234 o'clock.\n\n    return x", "user assistant"]
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
 LLAMA3_PATTERN += r"\s*[\r\n]+|\s+(?!\S)|\s+"
-SPECIAL = {"chatml": CONTROL_TOKENS, "gaps": CONTROL_TOKENS, "llama3": ("<|begin_of_text|>", "<|end_of_text|>")}
+SPECIAL = {"chatml": CONTROL_TOKENS, "llama3": ("<|begin_of_text|>", "<|end_of_text|>")}
 
 
 @functools.cache
@@ -62,8 +62,7 @@ def tokenizer_text(kind):
     llama3       with Llama 3's special tokens and words
     words        with added tokens that are not special
     nfc          composes combining marks, as Qwen's
-    gaps         chatml, whose last ids come after a gap
-    plain_gaps   plain, whose last ids come after a gap
+    gaps         plain, whose last ids come after a gap
     added_gaps   plain, and control tokens to which the file gives other ids than the library
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -84,7 +83,7 @@ def tokenizer_text(kind):
         tokenizer.add_tokens(["<think>", "    "])
     contents = json.loads(tokenizer.to_str())
     vocabulary = contents["model"]["vocab"]
-    if kind in ("gaps", "plain_gaps"):
+    if kind == "gaps":
         vocabulary |= {token: index + 10 for token, index in vocabulary.items() if index >= 315}
     if kind == "added_gaps":
         plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)

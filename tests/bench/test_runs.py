@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import types
 from dataclasses import replace
 from functools import partial
@@ -51,7 +52,7 @@ def train_run(plan, folder, log):
 
 def test_the_runs_are_those_of_the_report():
     planned = runs.planned_runs("docs", "out/runs")
-    assert len(planned) == 5 * 3 + 3 * 2 + 3 * 3 + 2 + 3 * 2 + 2
+    assert len(planned) == 5 * 3 + 3 * 2 + 3 * 3 + 2 + (2 * 2 + 1) + 2
     for name, plan in planned.items():
         s = plan.settings
         tokens = s.batch_size * getattr(s, "block_size", 0)
@@ -74,14 +75,14 @@ def test_the_runs_of_smollm2():
     """They are planned without its files."""
     planned = {name: plan for name, plan in runs.planned_runs("docs", "out/runs").items() if "smollm2/" in name}
     assert all(plan.full_log and not plan.bare for plan in planned.values())
-    for rate, kind in ((rate, kind) for rate in ("2e-4", "6e-4") for kind in ("vanilla", "v2", "v2-noise")):
-        plan = planned.pop(f"smollm2/{kind}-{rate}")
+    for kind in ("vanilla-2e-4", "vanilla-6e-4", "v2-2e-4", "v2-6e-4", "v2-noise-6e-4"):
+        plan = planned.pop(f"smollm2/{kind}")
         s = plan.settings
         assert (s.batch_size, s.micro_batch_size, s.block_size) == (16, 16, 2048)
         assert (s.max_steps, s.warmup_steps) == (1000, 100)
         assert (s.eval_interval, s.eval_windows, s.seed, s.dataset) == (50, 64, 1, "docs-smollm2")
-        assert s.learning_rate == float(rate) and plan.noise == (0.1 if kind == "v2-noise" else 0)
-        assert s.init_from == ("out/smollm2/best.pt" if kind == "vanilla" else "out/smollm2-v2/best.pt")
+        assert s.learning_rate == float(kind[-4:]) and plan.noise == (0.1 if "noise" in kind else 0)
+        assert s.init_from == ("out/smollm2/best.pt" if "vanilla" in kind else "out/smollm2-v2/best.pt")
     first, second = planned.pop("smollm2/sft"), planned.pop("smollm2/dpo")
     assert not planned and first.keep_best and second.after == "smollm2/sft"
     found = [(p.settings.init_from, p.settings.dataset, p.settings.max_steps) for p in (first, second)]
@@ -152,6 +153,22 @@ def test_a_full_log_has_the_start_and_the_speed_and_others_have_not(plan, tmp_pa
     first = full[0]
     assert (first["step"], first["loss"], first["tokens_per_s"]) == ("0", "", "") and float(first["val_loss"]) > 0
     assert len(first["lambdas"].split()) == 2 and all(float(row["tokens_per_s"]) > 0 for row in full[1:])
+
+
+def test_the_distance_of_the_query_heads_is_kept_of_a_full_log(plan, tmp_path):
+    with_distances = replace(plan(), full_log=True)
+    train_run(with_distances, tmp_path / "run", tmp_path / "run.csv")
+    model = GPT(GPTConfig(**(checkpoint := load_checkpoint(tmp_path / "run" / NEWEST))["config"]))
+    model.load_state_dict(checkpoint["model"])
+    kept = json.loads((tmp_path / "run.json").read_text())["query_distances"]
+    assert kept == pytest.approx(runs.query_distances(model)) and all(0 < distance < 2 for distance in kept)
+    for layer, factor in zip(model.layers, (1.0, -1.0)):
+        pairs = layer.attn.q_proj.weight.data.unflatten(0, (-1, 2, 16))
+        pairs[:, 1] = factor * pairs[:, 0]
+    assert runs.query_distances(model) == pytest.approx([0.0, 2.0])
+    for other in (plan(), replace(plan(attn="vanilla", n_kv_head=2), full_log=True)):
+        train_run(other, tmp_path / other.settings.attn, tmp_path / f"{other.settings.attn}.csv")
+        assert not (tmp_path / f"{other.settings.attn}.json").exists()
 
 
 def test_a_run_without_the_methods(plan, tmp_path):
@@ -334,7 +351,7 @@ def test_a_small_test_does_without_smollm2(tmp_path, monkeypatch):
     runs.add_flags(parser)
     _, planned = runs.parse_runs(parser)
     starts = {name: plan.settings.init_from for name, plan in planned.items() if name.startswith("smollm2/")}
-    assert len(starts) == 8 and starts.pop("smollm2/sft") == f"{tmp_path}/smoke/corpus/v2-2/best.pt"
+    assert len(starts) == 7 and starts.pop("smollm2/sft") == f"{tmp_path}/smoke/corpus/v2-2/best.pt"
     assert starts.pop("smollm2/dpo") == f"{tmp_path}/smoke/smollm2/sft/best.pt" and not any(starts.values())
 
 
@@ -378,7 +395,9 @@ def test_start_end_speed_and_lambda_of_a_run_of_smollm2():
     row = dict(start="3.5000", end="3.2500", lowest="3.0000")
     row = {f"held-out loss, {name}": text for name, text in row.items()}
     assert figures.continued_row(log, tokens=64) == row | {"ms a step": "32.0", "thousand tokens/s": "2.0"}
-    assert figures.lambda_row(log) == {"start": "0.500 (0.500 to 0.500)", "end": "0.500 (0.300 to 0.800)"}
+    row = {"lambda, start": "0.500 (0.500 to 0.500)", "lambda, end": "0.500 (0.300 to 0.800)"}
+    row |= {"query heads apart, end": "0.200 (0.100 to 0.400)"}
+    assert figures.lambda_row(log, [0.1, 0.4, 0.1]) == row
 
 
 def test_pictures_and_tables_of_all_runs(tmp_path, capsys):
@@ -388,16 +407,18 @@ def test_pictures_and_tables_of_all_runs(tmp_path, capsys):
         columns = [c for c in runs.COLUMNS if name.endswith("/dpo") or "accuracy" not in c and "margin" not in c]
         columns += ["tokens_per_s"] * planned[name].full_log
         lines = [",".join([*columns, "lambdas"])]
-        value = "0.25" if name == "smollm2/v2-6e-4" else "0.5"
-        lines += [",".join([str(step), *[value] * (len(columns) - 1), "0.2 0.3"]) for step in range(1, 5)]
-        runs.log_path(tmp_path, name).write_text("\n".join(lines) + "\n")
+        lines += [",".join([str(step), *["0.5"] * (len(columns) - 1), "0.2 0.3"]) for step in range(1, 5)]
+        path = runs.log_path(tmp_path, name)
+        path.write_text("\n".join(lines) + "\n")
+        if name.startswith("smollm2/v2"):
+            path.with_suffix(".json").write_text('{"query_distances": [0.1, 0.2]}')
     without_probes = set(itertools.chain(*figures.FIGURES.values())) - {figures.inside, figures.maps}
     for draw in without_probes:
         draw(tmp_path, planned, tmp_path)
     text = capsys.readouterr().out
     assert "| v1 | 3 | 0.500 ± 0.000 | 1.65 ± 0.00 | 0.000 ± 0.000 |" in text
     assert "| 0.002 | v2 | 0 | 0 | 0.50 | 0.50 | 0.500 | 0.500 | no |" in text
-    assert "Difference in held-out loss, nats: V2 (6e-4) against plain (2e-4)" in text
+    assert "| V2 with noise, 6e-4 | 0.250 (0.200 to 0.300) | 0.250 (0.200 to 0.300) | 0.150 (0.100 to 0.200) |" in text
     assert "| DPO | 4 | 0.5000 | 0.5000 | 0.5000 | 0.500 | 0.500 |" in text
     for name in ("curves", "tuning", "stability", "lambdas", "smollm2"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
