@@ -1,0 +1,80 @@
+"""Draws and compares the log.csv of any runs: loss, held-out loss, norm of the gradient, speed.
+
+python -m bench.plot out/pretrain out/v1                  # folders of runs, or log.csv files, also of runs in progress
+python -m bench.plot out/sft out/dpo --out sft-dpo.png    # a picture's name
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from bench.figures import plt, print_table, save, smooth
+from engine.settings import Parser, UserError, run_script
+
+PANELS = {  # column of log.csv -> title; speeds are per_s columns
+    "loss": "training loss", "val_loss": "held-out loss", "grad_norm": "norm of the gradient", "per_s": "speed",
+}  # fmt: skip
+
+
+def read_run(path):
+    """Read a log.csv, or that of a run's folder -> {column: (steps,)}, NaN where it is empty, speed as per_s.
+
+    Raises UserError if it cannot be read.
+    """
+    path = Path(path) / "log.csv" if Path(path).is_dir() else Path(path)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        log = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0] if name != "lambdas"}
+        log["per_s"] = next(values for name, values in log.items() if name.endswith("_per_s"))
+        if not log.keys() >= {"step", *PANELS}:
+            raise KeyError
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no log.csv of this project, or has no step yet") from error
+    return log
+
+
+def summary(name, log):
+    """One row of the table: the run's last training losses, its held-out losses and its speed."""
+    held_out = log["val_loss"][~np.isnan(log["val_loss"])]
+    row = {"run": name, "steps": int(log["step"][-1]), "loss, last 50 steps": f"{np.nanmean(log['loss'][-50:]):.4f}"}
+    row["held-out, lowest"] = f"{held_out.min():.4f}" if len(held_out) else ""
+    row["held-out, last"] = f"{held_out[-1]:.4f}" if len(held_out) else ""
+    return row | {"units a second, median": f"{np.nanmedian(log['per_s']):,.0f}"}
+
+
+def draw(logs, path):
+    """Draw {name: log} to a picture. Thin lines are values of steps, thick ones averages over 20."""
+    figure, axes = plt.subplots(2, 2, figsize=(12, 7.5))
+    for axis, (column, title) in zip(axes.flat, PANELS.items()):
+        for number, (name, log) in enumerate(logs.items()):
+            color, known = f"C{number}", ~np.isnan(log[column])
+            steps, values = log["step"][known], log[column][known]
+            if column == "val_loss":
+                axis.plot(steps, values, "o-", color=color, markersize=3, label=name)
+            elif len(values):
+                line = np.exp(smooth(np.log(values))) if column == "grad_norm" else smooth(values)  # spikes weigh less
+                axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.5)
+                axis.plot(steps[-len(line) :], line, color=color, linewidth=1.5, label=name)
+        units = {"per_s": "tokens or pairs a second", "grad_norm": "L2 norm"}.get(column, "nats per token")
+        axis.set(xlabel="step", ylabel=units, title=title, yscale="log" if column == "grad_norm" else "linear")
+    axes[0, 0].legend(fontsize=8)
+    save(figure, path)
+
+
+def main():
+    parser = Parser(__doc__, prog="python -m bench.plot")
+    parser.add_argument("runs", nargs="+", help="folders of runs, or log.csv files")
+    parser.add_argument("--out", default="out/bench/plot.png", type=Path, help="the picture (default: %(default)s)")
+    arguments = parser.parse_args()
+    logs = {run: read_run(run) for run in arguments.runs}
+    print_table("Runs", [summary(name, log) for name, log in logs.items()])
+    draw(logs, arguments.out)
+    print(f"\nwritten to {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
