@@ -64,7 +64,7 @@ def import_config(given):
             raise UserError(f"this model has no RoPE scaling, and config.json has {rope}")
     window = 4096 if kind == "mistral" else None  # Mistral's, where none is given
     given = {"sliding_window": window, "tie_word_embeddings": False, "rope_theta": 10000.0, **given}
-    given |= ropes[0] | ropes[1]
+    given |= ropes[1] | ropes[0]  # transformers reads the older one first
     for name, values in WITHOUT.items():
         if (value := given.get(name, values[0])) not in values:
             raise UserError(f"config.json has {name} {value}, and this model does not")
@@ -131,6 +131,8 @@ def import_weights(theirs, config):
         unknown -= {source, to_hf_name(name)}
         if source not in theirs:
             raise UserError(f"the weights lack {source}")
+        if tied and not torch.equal(theirs.get(name, theirs[source]), theirs[source]):
+            raise UserError("config.json ties lm_head to the embedding, and the weights have another lm_head")
         if theirs[source].shape != like.shape:
             shape, expected_shape = tuple(theirs[source].shape), tuple(like.shape)
             raise UserError(f"{source} has the shape {shape}, by config.json it should have {expected_shape}")
@@ -163,7 +165,7 @@ def diff_weights(state, config):
     """Translate the state_dict of a plain Transformer to that of a DIFF V2 model that computes the same.
 
     Both maps of a head are those of the plain head, and lambda is 0: A V - sigmoid(0) A V = A V / 2, which o_proj
-    doubles. In floating point, too, this is exact.
+    doubles. Where both run the same kernel, this is exact in floating point, too.
     """
     state = dict(state)
     for attn in (f"layers.{layer}.attn" for layer in range(config.n_layer)):
@@ -181,7 +183,8 @@ def diff_weights(state, config):
 def import_model(source, folder):
     """Write the model in a Hugging Face folder, or of a name on the hub, to folder/best.pt."""
     source = find_folder(source)
-    config, template = import_config(read_json(source / "config.json")), read_chat_template(source)
+    given, template = read_json(source / "config.json"), read_chat_template(source)
+    config = import_config(given)
     encoding = get_tokenizer("tokenizer.json", source)
     if encoding.n_base > config.vocab_size:
         raise UserError(f"tokenizer.json has {encoding.n_base} tokens, and the embedding {config.vocab_size}")
@@ -191,9 +194,14 @@ def import_model(source, folder):
         for name in ("embed_tokens.weight", "lm_head.weight"):
             rows = state[name].mean(0, keepdim=True).expand(config.vocab_size - len(state[name]), -1)
             state[name] = torch.cat((state[name], rows))
-    stage, system = "sft" if IM_START in template else "pretrain", default_system(template)
+        if config.tie_embeddings:  # one tensor, as before
+            state["lm_head.weight"] = state["embed_tokens.weight"]
+    stage = "sft" if IM_START in template else "pretrain"  # whether it has learned to chat
     write_checkpoint(folder, state, config, encoding, settings={}, stage=stage, step=0)
-    if system:
+    ends = given.get("eos_token_id")
+    if not {*encoding.control.values()} & {*(ends if isinstance(ends, list) else [ends])}:
+        print(f"its own end token, {ends}, has no part here: {END_OF_TEXT} and {IM_END} end texts and answers")
+    if system := default_system(template):
         command = f"sample.py --system {shlex.quote(printable(system))}"
         print(f"its makers begin every chat with a system text; here that is: {command}")
 

@@ -179,7 +179,8 @@ def lr_at(step, settings, floor=0.1):
 #   evaluate()                         {"val_loss": float, ...}, and a line for the screen
 #   sample()                           some text by the model
 #   state_dict(), best_state_dicts()   what ckpt.pt holds of the model; {file name: state_dict} for the next stage
-#   stage, unit, metrics, meta, flops_per_unit    for checkpoints and log: names, the data's meta.json, FLOPs or None
+#   stage, unit, metrics, flops_per_unit    for checkpoints and log: names, FLOPs or None
+#   meta, encoding                     the data's meta.json, and their tokenizer
 #   graphed                            None, or forward_backward() as CUDA graphs
 
 

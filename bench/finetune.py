@@ -59,6 +59,7 @@ def make_task(stage, attn, arguments, folder, device):
     with device:  # a GPU draws random numbers quickly
         weights = GPT(config).state_dict()
     checkpoint = {"model": weights, "config": asdict(config), "data": {"tokenizer": "bytes"}}
+    checkpoint["path"] = folder / "best.pt"  # a tokenizer of its own would lie beside it
     settings = {"micro_batch_size": examples, **script.PRESETS[arguments.preset]}
     settings |= dict(preset=arguments.preset, attn=attn, dataset=f"{folder}/random", batch_size=examples)
     settings |= dict(device=arguments.device, compile=arguments.compile)

@@ -130,6 +130,11 @@ def check_byte_level(described):
             raise ValueError(f"it has a {name}")
     if '"add_prefix_space": true' in json.dumps(parts[1]):
         raise ValueError("it has add_prefix_space")
+    if "Split" not in pre_tokenizer and '"use_regex": false' in json.dumps(parts[1]):
+        raise ValueError("it does not split a text into words")
+    normalizer = described.get("normalizer") or {"type": "NFC"}  # which changes no blanks
+    if normalizer["type"] != "NFC":
+        raise ValueError(f"it has the normalizer {normalizer['type']}")
 
 
 @functools.cache
@@ -146,6 +151,7 @@ class FileTokenizer:
 
     def __init__(self, path):
         self.source = path
+        has_checksum = re.fullmatch(r"tokenizer-[0-9a-f]{8}\.json", Path(path).name)
         try:
             self.contents = Path(path).read_bytes()
             described = json.loads(self.contents)
@@ -160,16 +166,17 @@ class FileTokenizer:
                 for name, index in ids.items()
             }
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
+            hint = "; it belongs beside the checkpoint or the data that name it" if has_checksum else ""
+            raise UserError(f"cannot read {path}: {error.strerror}{hint}") from error
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not the tokenizer.json of a byte-level BPE ({error})") from error
         digest = hashlib.sha256(self.contents).hexdigest()[:8]
         self.name = f"tokenizer-{digest}.json"
-        if re.fullmatch(r"tokenizer-[0-9a-f]{8}\.json", Path(path).name) and Path(path).name != self.name:
+        if has_checksum and Path(path).name != self.name:
             raise UserError(f"{path} is damaged: its checksum is {digest}")
-        if END_OF_TEXT not in ids and LLAMA3_END_OF_TEXT in ids:
-            ids[END_OF_TEXT] = ids[LLAMA3_END_OF_TEXT]
         self.control = {name: ids[name] for name in CONTROL_TOKENS if name in ids}
+        if LLAMA3_END_OF_TEXT in ids:
+            self.control.setdefault(END_OF_TEXT, ids[LLAMA3_END_OF_TEXT])
         try:
             from tokenizers import Tokenizer  # here, because only models from elsewhere need it
         except ImportError as error:
@@ -178,18 +185,26 @@ class FileTokenizer:
             self.tokenizer = Tokenizer.from_str(json.dumps(with_control_tokens(described, self.control)))
         except Exception as error:  # the library raises nothing more special
             raise UserError(f"{path} is damaged: {error}") from error
+        if self.tokenizer.get_vocab() != ids:  # the library numbers added tokens itself
+            raise UserError(f"{path} has added tokens whose ids are not in the order of the file")
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.control_ids = {*self.control.values()}
         self.n_base = self.n_vocab = len(self.bytes_of)
         for name in CONTROL_TOKENS:
             if name not in self.control:
                 self.control[name], self.bytes_of[self.n_vocab] = self.n_vocab, name.encode()
                 self.n_vocab += 1
+        for name in CONTROL_TOKENS:
+            self.encode_ordinary(name)  # which raises a UserError where merges make a control token
 
     def encode_ordinary(self, text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates, as tiktoken does
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not self.control_ids.isdisjoint(ids):
+            raise UserError(f"{self.source} makes a control token of a text")
+        return ids
 
     def encode_single_token(self, name):
         return self.control[name]
@@ -201,8 +216,11 @@ class FileTokenizer:
         return b"".join(map(self.decode_single_token_bytes, ids)).decode("utf-8", errors)
 
     def tokenizer_json(self):
-        """Return the contents of a tokenizer.json with the same ids: the file's, and the new control tokens."""
-        return with_control_tokens(json.loads(self.contents), self.control)
+        """Return the contents of a tokenizer.json with the same ids: the file's, and the new control tokens.
+
+        What the file puts around a text, such as a token for its beginning, is left out, as in encode_ordinary().
+        """
+        return with_control_tokens(json.loads(self.contents), self.control) | {"post_processor": None}
 
     def save(self, folder):
         """Write the file to `folder`, under its name, unless it is there and whole."""

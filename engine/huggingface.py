@@ -10,11 +10,13 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
+import torch
 
 from engine.settings import UserError
 
 FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 FILES += ["model*.safetensors", "model.safetensors.index.json"]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def find_folder(source):
@@ -56,7 +58,7 @@ def read_safetensors(folder):
         import safetensors.torch
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}
-    if index.exists():
+    if index.exists() and not (folder / "model.safetensors").exists():  # as in transformers
         weight_map = read_json(index).get("weight_map")
         names = weight_map.values() if isinstance(weight_map, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
@@ -65,12 +67,15 @@ def read_safetensors(folder):
     tensors = {}
     for path in (folder / name for name in sorted(files)):
         try:
-            tensors |= safetensors.torch.load_file(path)
+            loaded = safetensors.torch.load_file(path)
         except FileNotFoundError as error:
             raise UserError(f"there is no {path}") from error
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
-    return {name: tensor.float() for name, tensor in tensors.items()}
+        if quantized := [name for name, tensor in loaded.items() if tensor.dtype not in DTYPES]:
+            raise UserError(f"{path} has weights of another type than 16- and 32-bit floats, such as {quantized[0]}")
+        tensors |= {name: tensor.float() for name, tensor in loaded.items()}
+    return tensors
 
 
 def read_chat_template(folder):
@@ -81,7 +86,10 @@ def read_chat_template(folder):
         except ValueError as error:
             raise UserError(f"{path} is not UTF-8 text") from error
     path = folder / "tokenizer_config.json"
-    template = read_json(path).get("chat_template") if path.exists() else ""  # or a list of several
+    template = read_json(path).get("chat_template") if path.exists() else ""
+    if isinstance(template, list):  # several, by name
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else ""
 
 

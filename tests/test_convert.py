@@ -182,12 +182,38 @@ def test_makes_room_for_control_tokens(tmp_path, tied):
     ours = imported(tmp_path, theirs, tokenizer="plain")
     assert ours.config.vocab_size == 384 and ours.lm_head.weight.shape == (384, 32)
     assert relative_error(logits(ours)[..., :320], logits(theirs)) < 1e-5
+    saved = load_checkpoint(tmp_path / "ours" / "best.pt")["model"]
+    shared = saved["lm_head.weight"].data_ptr() == saved["embed_tokens.weight"].data_ptr()
+    assert shared == tied
     for rows in (ours.embed_tokens.weight, ours.lm_head.weight):
         torch.testing.assert_close(rows[320:], rows[:320].mean(0).expand(64, -1))
 
 
 def test_keeps_the_room_that_there_is(tmp_path):
     assert imported(tmp_path, hf_model(vocab_size=330), tokenizer="plain").config.vocab_size == 330
+
+
+def test_one_file_of_weights_counts_more_than_an_old_index(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: "gone.safetensors"}}))
+    run("import", folder, tmp_path / "ours")
+    assert relative_error(logits(load(tmp_path / "ours")[0]), logits(hf_model())) < 1e-5
+
+
+@pytest.mark.parametrize("eos, noted", [(2, False), ([5, 2], False), (5, True), (None, True)])
+def test_an_end_token_of_another_name_is_noted(tmp_path, capsys, eos, noted):
+    folder = hf_folder(tmp_path / "hf")
+    edit(folder, eos_token_id=eos)
+    run("import", folder, tmp_path / "ours")
+    assert (f"its own end token, {eos}, has no part here" in capsys.readouterr().out) == noted
+
+
+def test_the_default_of_several_chat_templates_counts(tmp_path):
+    folder = hf_folder(tmp_path / "hf", template="")
+    several = [{"name": "tools", "template": ""}, {"name": "default", "template": CHATML}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    run("import", folder, tmp_path / "ours")
+    assert load_checkpoint(tmp_path / "ours" / "best.pt")["stage"] == "sft"
 
 
 TEMPLATES = {
@@ -515,8 +541,12 @@ def weights(change):
 
 def index(files):
     """A function that makes hf's weights a set of shards, in these files."""
-    text = json.dumps({"weight_map": files})
-    return write("hf/model.safetensors.index.json", text)
+
+    def setup(home):
+        (home / "hf" / "model.safetensors").rename(home / "hf" / "all.safetensors")
+        write("hf/model.safetensors.index.json", json.dumps({"weight_map": files}))(home)
+
+    return setup
 
 
 def cut(home):
@@ -583,7 +613,10 @@ WRONG = [
     ("NaN", weights(lambda tensors: tensors[Q].fill_(float("nan"))), IMPORT, f"{Q} is not finite"),
     ("one infinity", weights(lambda tensors: tensors[Q][3].fill_(float("inf"))), IMPORT, f"{Q} is not finite"),
     ("missing shard", lambda home: min((home / "shards").glob("model-*")).unlink(), "import shards out", "there is no"),
-    ("shards elsewhere", index({Q: "../hf/model.safetensors"}), IMPORT, "index.json is damaged: its weight_map names"),
+    ("8-bit weights", weights(lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)})), IMPORT,
+     "weights of another type than 16- and 32-bit floats, such as model.layers.1.self_attn.q_proj.weight"),
+    ("another head than the tied one", config(tie_word_embeddings=True), IMPORT, "the weights have another lm_head"),
+    ("shards elsewhere", index({Q: "../hf/all.safetensors"}), IMPORT, "index.json is damaged: its weight_map names"),
     ("shards at the root", index({Q: "/etc/passwd"}), IMPORT, "index.json is damaged: its weight_map names"),
     ("shards above", index({Q: ".."}), IMPORT, "is damaged"),
     ("shards without a name", index({Q: ""}), IMPORT, "is damaged"),

@@ -30,7 +30,7 @@ from data.tokenizer import CONTROL_TOKENS, END_OF_TEXT, IM_END, IM_START, get_to
 from data.write import pieces, write_dataset, write_examples
 from engine.settings import UserError
 
-pytest.importorskip("tokenizers")
+Tokenizer = pytest.importorskip("tokenizers").Tokenizer
 AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
 from hypothesis import given  # noqa: E402  (after what may skip the module)
 from hypothesis import strategies as st  # noqa: E402
@@ -199,7 +199,31 @@ WORDS = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 FALLBACK = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
 ADDED = dict(id=320, content=IM_END, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+
+
+def test_export_leaves_out_what_a_file_puts_around_a_text(tmp_path):
+    """Such as Llama 3's first token: encode_ordinary() has none."""
+    first = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "!", "type_id": 0}}, {"Sequence": {
+        "id": "A", "type_id": 0}}], "pair": [], "special_tokens": {"!": {"id": "!", "ids": [0], "tokens": ["!"]}}}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(edited(post_processor=first))
+    encoding = get_tokenizer("tokenizer.json", tmp_path)
+    exported = Tokenizer.from_str(json.dumps(encoding.tokenizer_json()))
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("Hi").ids[0] == 0
+    assert exported.encode("Hi").ids == encoding.encode_ordinary("Hi") != [0]
+
+
 NOT_BYTE_LEVEL = "is not the tokenizer.json of a byte-level BPE"
+
+
+def forged():
+    """A tokenizer.json whose one word is a control token."""
+    whole = {"type": "Split", "pattern": {"Regex": ".+"}, "behavior": "Isolated", "invert": False}
+    alone = BYTE_LEVEL | dict(add_prefix_space=False, use_regex=False)
+    vocabulary = json.loads(tokenizer_text("plain"))["model"]["vocab"] | {IM_END: 320}
+    changed = json.loads(model(vocab=vocabulary, ignore_merges=True))
+    return json.dumps(changed | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [whole, alone]}})
+
+
 BAD_FILES = {
     "missing": (None, "cannot read .*: No such file"),
     "empty": ("", NOT_BYTE_LEVEL),
@@ -224,6 +248,10 @@ BAD_FILES = {
     "an id in words": (edited(added_tokens=[ADDED | {"id": "x"}]), "is damaged|is not the tokenizer"),
     "an id below 0": (edited(added_tokens=[ADDED | {"id": -1}]), "is damaged|is not the tokenizer"),
     "half a character": (edited(added_tokens=[ADDED | {"content": "\ud800"}]), "is damaged|is not the tokenizer"),
+    "added tokens out of order": (edited(added_tokens=[ADDED | {"id": 321, "content": "b"}, ADDED]), "in the order of"),
+    "a control token made of text": (forged(), "makes a control token of a text"),
+    "no words": (edited(pre_tokenizer=BYTE_LEVEL | dict(add_prefix_space=False, use_regex=False)), "into words"),
+    "stripped": (edited(normalizer={"type": "Strip", "strip_left": True, "strip_right": True}), "the normalizer Strip"),
     "a gap": (tokenizer_text("gaps"), "its ids have gaps"),
     "a gap before added tokens": (tokenizer_text("added_gaps"), "its ids have gaps"),
     "no id": (edited(added_tokens=[{"content": IM_END}]), "is damaged|is not the tokenizer"),
