@@ -203,8 +203,9 @@ ADDED = dict(id=320, content=IM_END, single_word=False, lstrip=False, rstrip=Fal
 
 def test_export_leaves_out_what_a_file_puts_around_a_text(tmp_path):
     """Such as Llama 3's first token: encode_ordinary() has none."""
-    first = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "!", "type_id": 0}}, {"Sequence": {
-        "id": "A", "type_id": 0}}], "pair": [], "special_tokens": {"!": {"id": "!", "ids": [0], "tokens": ["!"]}}}  # fmt: skip
+    parts = [{"SpecialToken": {"id": "!", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokens = {"!": {"id": "!", "ids": [0], "tokens": ["!"]}}
+    first = {"type": "TemplateProcessing", "single": parts, "pair": [], "special_tokens": tokens}
     (tmp_path / "tokenizer.json").write_text(edited(post_processor=first))
     encoding = get_tokenizer("tokenizer.json", tmp_path)
     exported = Tokenizer.from_str(json.dumps(encoding.tokenizer_json()))
@@ -248,7 +249,7 @@ BAD_FILES = {
     "an id in words": (edited(added_tokens=[ADDED | {"id": "x"}]), "is damaged|is not the tokenizer"),
     "an id below 0": (edited(added_tokens=[ADDED | {"id": -1}]), "is damaged|is not the tokenizer"),
     "half a character": (edited(added_tokens=[ADDED | {"content": "\ud800"}]), "is damaged|is not the tokenizer"),
-    "added tokens out of order": (edited(added_tokens=[ADDED | {"id": 321, "content": "b"}, ADDED]), "in the order of"),
+    "tokens out of order": (edited(added_tokens=[ADDED | {"id": 321, "content": "<b>"}, ADDED]), "not in the order"),
     "a control token made of text": (forged(), "makes a control token of a text"),
     "no words": (edited(pre_tokenizer=BYTE_LEVEL | dict(add_prefix_space=False, use_regex=False)), "into words"),
     "stripped": (edited(normalizer={"type": "Strip", "strip_left": True, "strip_right": True}), "the normalizer Strip"),
