@@ -2,7 +2,7 @@
 
 python convert.py import HuggingFaceTB/SmolLM2-135M-Instruct out/smollm2   # a name on the hub, or a folder
 python convert.py diff out/smollm2/best.pt out/smollm2-v2                  # DIFF V2 with the same outputs
-python convert.py export out/dpo/best.pt out/hf                            # for transformers
+python convert.py export out/smollm2/best.pt out/hf                        # a plain or V1 model, for transformers
 
 A Llama becomes the plain Transformer (--attn vanilla), a DiffLlama becomes V1, and the other way round. This needs two
 packages more: pip install safetensors tokenizers
@@ -20,6 +20,8 @@ from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
 from engine import parallel
 from engine.checkpoint import BEST, archive_previous_run, load_checkpoint, load_weights, run_folder, save_checkpoint
 from engine.huggingface import (
+    SMALL_FILES,
+    WEIGHTS,
     find_folder,
     new_folder,
     read_chat_template,
@@ -46,8 +48,8 @@ FIELDS = {
     "tie_embeddings": "tie_word_embeddings",
 }  # fmt: skip
 
-# What model.py does not have -> the values in config.json that do without it; the first stands where none is given
-WITHOUT = {
+# Entries of config.json -> the values with which model.py computes the same. The first is assumed if there is no entry.
+ALLOWED = {
     "attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",), "sliding_window": (None,),
     "partial_rotary_factor": (1.0, None), "quantization_config": (None,),
 }  # fmt: skip
@@ -64,17 +66,18 @@ def import_config(given):
             raise UserError(f"this model has no RoPE scaling, and config.json has {rope}")
     window = 4096 if kind == "mistral" else None  # Mistral's, where none is given
     given = {"sliding_window": window, "tie_word_embeddings": False, "rope_theta": 10000.0, **given}
-    given |= ropes[1] | ropes[0]  # transformers reads the older one first
-    for name, values in WITHOUT.items():
+    given |= ropes[1] | ropes[0]  # newer configs have rope_theta in there; transformers reads the older entry first
+    for name, values in ALLOWED.items():
         if (value := given.get(name, values[0])) not in values:
             raise UserError(f"config.json has {name} {value}, and this model does not")
     fields = {ours: given[theirs] for ours, theirs in FIELDS.items() if given.get(theirs) is not None}
     for ours, value in fields.items():
-        if isinstance(value, bool) != (ours == "tie_embeddings") or not isinstance(value, (int, float)):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (isinstance(value, bool) if ours == "tie_embeddings" else is_number):
             raise UserError(f"config.json cannot be used: its {FIELDS[ours]} is {value!r}")
     if missing := [FIELDS[name] for name in FIELDS if name not in fields and name not in ("n_kv_head", "head_dim")]:
         raise UserError(f"config.json lacks {', '.join(missing)}")
-    try:
+    try:  # a head_dim that is not given is the width over the heads
         return GPTConfig(attn=MODEL_TYPES[kind], **{"head_dim": fields["n_embd"] // fields["n_head"], **fields})
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"config.json cannot be used: {error}") from error
@@ -105,7 +108,7 @@ def to_hf_name(name):
 
 
 def is_paired(name, config):
-    """Return whether a weight has two heads of each pair of V1 as rows: those of q, k and v."""
+    """Return whether the rows of a weight are heads that V1 pairs: those of q, k and v."""
     return config.attn == "v1" and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
 
 
@@ -128,7 +131,7 @@ def import_weights(theirs, config):
             continue
         tied = config.tie_embeddings and name == "lm_head.weight"
         source = to_hf_name("embed_tokens.weight" if tied else name)
-        unknown -= {source, to_hf_name(name)}
+        unknown -= {source, to_hf_name(name)}  # a file may have the tied lm_head, too
         if source not in theirs:
             raise UserError(f"the weights lack {source}")
         if tied and not torch.equal(theirs.get(name, theirs[source]), theirs[source]):
@@ -139,7 +142,7 @@ def import_weights(theirs, config):
         if not theirs[source].isfinite().all():
             raise UserError(f"{source} is not finite")
         state[name] = theirs[source]
-        if is_paired(name, config):  # theirs has the first heads of all pairs before the second ones
+        if is_paired(name, config):  # theirs: the first heads of all pairs, a1 b1 c1 a2 b2 c2; ours: a1 a2 b1 b2 c1 c2
             heads = theirs[source].unflatten(0, (2, -1, config.head_dim))
             state[name] = heads.transpose(0, 1).flatten(0, 2)
     if unknown:
@@ -155,7 +158,7 @@ def export_weights(state, config):
             continue
         if is_paired(name, config):
             tensor = tensor.unflatten(0, (-1, 2, config.head_dim)).transpose(0, 1).flatten(0, 2)
-        if config.attn == "v1" and name.endswith("o_proj.weight"):  # it takes in the norm's weight, of all pairs
+        if config.attn == "v1" and name.endswith("o_proj.weight"):  # its columns take in the norm's weight
             tensor = tensor * state[name.replace("o_proj", "subln")].repeat(config.n_head // 2)
         theirs[to_hf_name(name)] = tensor.contiguous()
     return theirs
@@ -182,13 +185,12 @@ def diff_weights(state, config):
 
 def import_model(source, folder):
     """Write the model in a Hugging Face folder, or of a name on the hub, to folder/best.pt."""
-    source = find_folder(source)
-    given, template = read_json(source / "config.json"), read_chat_template(source)
-    config = import_config(given)
-    encoding = get_tokenizer("tokenizer.json", source)
-    if encoding.n_base > config.vocab_size:
+    theirs = find_folder(source, SMALL_FILES)  # what is refused is refused before gigabytes are loaded
+    given, template = read_json(theirs / "config.json"), read_chat_template(theirs)
+    config, encoding = import_config(given), get_tokenizer("tokenizer.json", theirs)
+    if encoding.n_base > config.vocab_size:  # without the control tokens that it lacks, which n_vocab counts
         raise UserError(f"tokenizer.json has {encoding.n_base} tokens, and the embedding {config.vocab_size}")
-    state = import_weights(read_safetensors(source), config)
+    state = import_weights(read_safetensors(find_folder(source, WEIGHTS)), config)
     if encoding.n_vocab > config.vocab_size:  # no room for the control tokens: new rows, the mean of the others
         config = replace(config, vocab_size=pad_vocab(encoding.n_vocab))
         for name in ("embed_tokens.weight", "lm_head.weight"):
@@ -196,14 +198,14 @@ def import_model(source, folder):
             state[name] = torch.cat((state[name], rows))
         if config.tie_embeddings:  # one tensor, as before
             state["lm_head.weight"] = state["embed_tokens.weight"]
-    stage = "sft" if IM_START in template else "pretrain"  # whether it has learned to chat
+    stage = "sft" if IM_START in template else "pretrain"  # tuned to chat in ChatML, or not
     write_checkpoint(folder, state, config, encoding, settings={}, stage=stage, step=0)
     ends = given.get("eos_token_id")
     if not {*encoding.control.values()} & {*(ends if isinstance(ends, list) else [ends])}:
         print(f"its own end token, {ends}, has no part here: {END_OF_TEXT} and {IM_END} end texts and answers")
     if system := default_system(template):
-        command = f"sample.py --system {shlex.quote(printable(system))}"
-        print(f"its makers begin every chat with a system text; here that is: {command}")
+        command = f"python sample.py --init_from {folder}/{BEST} --system {shlex.quote(printable(system))}"
+        print(f"its chat template begins with a system text, which is not used by default; to use it:\n{command}")
 
 
 def diff_model(path, folder):
@@ -224,7 +226,9 @@ def write_checkpoint(folder, state, config, encoding, **contents):
         archive_previous_run(folder)
         encoding.save(folder)
         save_checkpoint(folder / BEST, model=state, config=asdict(config), data=data, **contents)
-    print(f"{folder / BEST}: {config.attn}, {config.n_layer} layers, {config.n_embd} wide, context {config.block_size}")
+    size = sum({tensor.data_ptr(): tensor.numel() for tensor in state.values()}.values())  # tied tensors once
+    use = "completes text" if contents["stage"] == "pretrain" else "chats"
+    print(f"{folder / BEST}: {config.attn}, {size / 1e6:.1f}M parameters, a context of {config.block_size}; it {use}")
 
 
 def export_model(path, folder):
@@ -240,6 +244,7 @@ def export_model(path, folder):
         raise UserError(f"Llama's width is a multiple of its heads, and {config.n_embd} is not one of {config.n_head}")
     weights = export_weights(load_weights(GPT(config), checkpoint).state_dict(), config)
     end_of_text, im_end = (encoding.encode_single_token(name) for name in (END_OF_TEXT, IM_END))
+    # A tuned model ends its answers with <|im_end|>, the first of the two.
     ends = [end_of_text] if checkpoint["stage"] == "pretrain" else [im_end, end_of_text]
     bos, eos = encoding.decode([end_of_text]), encoding.decode(ends[:1])
     with new_folder(folder) as temporary:

@@ -73,7 +73,8 @@ class Generator:
         options = dict(temperature=settings.temperature, top_k=settings.top_k or None, n_vocab=self.encoding.n_vocab)
         options["top_p"] = settings.top_p if settings.top_p < 1 else None
         self.decoder = Decoder(model, 1, self.block_size, settings.compile, **options)
-        self.about = f"model: {path}, {config.attn} after {self.stage}, step {checkpoint['step']}"
+        learned = f" after {self.stage}, step {checkpoint['step']}" if checkpoint["step"] else ", untrained or imported"
+        self.about = f"model: {path}, {config.attn}{learned}"
 
     def continuation(self, prompt, max_new_tokens):
         """Continue a list of ids up to an end token. Yields the text, piece by piece."""
@@ -159,7 +160,7 @@ def main():
         finally:
             discard_input()
     elif settings.system:
-        raise UserError("--system is for a conversation, which this is not")
+        raise UserError("--system is for a conversation, which this is not; --chat begins one")
     else:
         generator.complete(settings.prompt)
 

@@ -28,7 +28,7 @@ from engine.log import Log, describe, progress, summarize
 from engine.loss import token_cross_entropy
 from lora import apply_lora, load_lora, lora_state_dict, merge_lora
 from model import ATTENTION, GPT, GPTConfig
-from train import CommonSettings, fit, make_optimizer
+from train import CommonSettings, fit, fitting_preset, make_optimizer
 
 # ---------------------------------------------------------------------------------------------------
 # Settings
@@ -83,14 +83,10 @@ def choose_settings(given, settings_class, presets, stage):
     if "init_from" not in given and not Path(path).exists():
         raise UserError(f"there is no {path} yet: train the stage before, or name another checkpoint with --init_from")
     checkpoint = load_init_from(path, given.get("attn"))
-    tokenizer, attn = checkpoint["data"].get("tokenizer"), checkpoint["config"].get("attn")
+    attn = checkpoint["config"].get("attn")
     preset = given.get("preset", "auto")
     if preset == "auto":
-        # Tied weights have one address and count once.
-        size = sum({t.data_ptr(): t.numel() for t in checkpoint["model"].values() if torch.is_tensor(t)}.values())
-        preset = "tiny" if tokenizer == "bytes" else "ldiff" if size < 6e8 else "1b" if size < 4e9 else "10b"
-        why = f"{path} has the tokenizer {tokenizer} and {size / 1e6:,.1f}M parameters"
-        print(f"preset: {preset}, since {why}; --preset chooses another")
+        preset = fitting_preset(checkpoint)
     settings = settings_class(**{**presets[preset], **given, "preset": preset, "attn": attn})
     return parallel.fit_micro_batch_size(settings, given), checkpoint
 

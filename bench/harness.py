@@ -156,7 +156,7 @@ def main():
     parser.add_argument("--limit", type=positive_int, help="examples of each task, at most (default: all)")
     parser.add_argument("--batch_size", type=positive_int, default=16, help="sequences (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--out", default="out/bench", help="folder of harness.json (default: %(default)s)")
+    parser.add_argument("--out", default="out/bench", help="folder of the JSON file (default: %(default)s)")
     arguments = parser.parse_args()
     if (arguments.num_fewshot or 0) < 0:
         raise UserError(f"--num_fewshot {arguments.num_fewshot} is less than 0")
@@ -174,7 +174,8 @@ def main():
     if "groups" in results:
         print(make_table(results, "groups"))
     del results["pretty_env_info"]  # pages about the machine
-    path = Path(arguments.out) / "harness.json"
+    name = Path(arguments.checkpoint).with_suffix("").as_posix().strip("/").replace("/", "-")
+    path = Path(arguments.out) / f"harness-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(environment(device) | results, indent=1, default=handle_non_serializable) + "\n")
     print(f"written to {path}")

@@ -160,7 +160,8 @@ def read_meta(directory, tokenizer="", name="meta.json"):
     if tokenizer not in ("", meta["tokenizer"]):
         raise UserError(
             f"{directory} was prepared with --tokenizer {meta['tokenizer']}, not {tokenizer}; "
-            f"give the other data another --dataset name, or delete {path} to prepare it again"
+            f"delete {path} to prepare it again, or make another data set: --source FILE --dataset NAME, or "
+            f"python -m data.NAME.prepare --tokenizer {tokenizer} --out_dir data/NEW"
         )
     return meta
 
@@ -258,7 +259,8 @@ def open_examples(directory, split, meta, group, block_size):
     if meta.get("block_size") != block_size:
         raise UserError(
             f"{directory} was made for a context of {meta.get('block_size')}, and the model has one of {block_size}; "
-            f"give the other data another --dataset name, or delete {directory / 'meta.json'} to prepare it again"
+            f"delete {directory / 'meta.json'} to prepare it again, or make another data set: --source FILE --dataset "
+            f"NAME, or python -m data.NAME.prepare --block_size {block_size} --out_dir data/NEW"
         )
     ids = open_tokens(directory, split, meta)
     mask = _memory_map(directory / f"{split}.mask.bin", np.uint8, tokens)

@@ -180,7 +180,7 @@ class FileTokenizer:
         try:
             from tokenizers import Tokenizer  # here, because only models from elsewhere need it
         except ImportError as error:
-            raise UserError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from error
+            raise UserError("a model from elsewhere needs two packages: pip install safetensors tokenizers") from error
         try:
             self.tokenizer = Tokenizer.from_str(json.dumps(with_control_tokens(described, self.control)))
         except Exception as error:  # the library raises nothing more special

@@ -49,8 +49,8 @@ def load_from_hub(path, load="load_dataset", **options):
         return getattr(datasets, load)(path, **options)
     except Exception as error:  # the hub's client, its HTTP library and the operating system each raise their own
         raise UserError(
-            f"{path} cannot be loaded from the hub ({type(error).__name__}); use a local file with --source FILE, "
-            "or --preset tiny, which needs no download"
+            f"{path} cannot be loaded from the hub ({type(error).__name__}); use a local file with --dataset NAME "
+            "--source FILE, or --preset tiny, which needs no download"
         ) from error
 
 

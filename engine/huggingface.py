@@ -6,6 +6,7 @@ What the formats of models mean is in convert.py; this reads and writes their fi
 import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,20 +15,22 @@ import torch
 
 from engine.settings import UserError
 
-FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-FILES += ["model*.safetensors", "model.safetensors.index.json"]
+SMALL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def find_folder(source):
-    """Return `source` if it is a folder, else download the model of that name on the hub -> its folder."""
+def find_folder(source, files):
+    """Return `source` if it is a folder, else download files of the model of that name on the hub -> their folder."""
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
+        raise UserError(f"there is no folder {source}; import takes a Hugging Face folder, or a name on the hub")
     try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=FILES))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=files))
     except Exception as error:  # the hub's client, its HTTP library and the operating system each raise their own
-        kind = type(error).__name__
-        raise UserError(f"{source} is no folder, and the hub does not give it ({kind})") from error
+        reason = f"the hub has no such model, or cannot be reached ({type(error).__name__})"
+        raise UserError(f"{source} is no folder, and {reason}") from error
 
 
 def read_json(path):
@@ -49,7 +52,7 @@ def needs_safetensors():
     try:
         yield
     except ImportError as error:
-        raise UserError("this needs the package safetensors: pip install safetensors tokenizers") from error
+        raise UserError("a model from elsewhere needs two packages: pip install safetensors tokenizers") from error
 
 
 def read_safetensors(folder):

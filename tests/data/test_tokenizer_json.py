@@ -283,7 +283,7 @@ def test_a_folder_in_place_of_the_file(tmp_path):
 
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match="a tokenizer.json needs the package tokenizers: pip install tokenizers"):
+    with pytest.raises(UserError, match="needs two packages: pip install safetensors tokenizers"):
         get_tokenizer(write_tokenizer(tmp_path))
 
 
