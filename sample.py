@@ -54,7 +54,7 @@ def furthest_checkpoint():
     for stage in STAGES:
         if (path := Path("out") / stage / "best.pt").exists():
             return path
-    raise UserError("there is no model in out/ yet; python train.py makes one, or name a checkpoint with --init_from")
+    raise UserError("there is no model in out/ yet; python train.py makes one, or name a checkpoint (--init_from)")
 
 
 class Generator:

@@ -22,6 +22,7 @@ ALLOWED = {
     "dpo": {"sft", "train", "model", "lora", "data", "engine"},
     "convert": {"sft", "train", "model", "data", "engine"},
     "sample": {"sft", "train", "model", "data", "engine"},
+    "viewer": {"bench", "sample", "sft", "train", "model", "data", "engine"},
     "bench": {"sample", "dpo", "sft", "train", "model", "lora", "data", "engine"},
 }
 

@@ -1,0 +1,474 @@
+"""viewer/: what it serves against the engine's maps, what a model writes, and wrong requests, all without a browser."""
+
+import base64
+import hashlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from bench.probes import layer_maps, sentence_maps
+from data.chat import render_prompt
+from data.tokenizer import END_OF_TEXT, get_tokenizer
+from engine.attention import attention_maps
+from engine.settings import UserError
+from model import ATTENTION
+from tests.robustness.helpers import exit_code, fork, wait_until
+from tests.small import base_model, save_model, write_tokenizer
+from viewer import __main__ as viewer
+
+BYTES = get_tokenizer("bytes")
+TEXT = "The quick brown fox jumps over the lazy dog. "
+WRITE = dict(model=0, temperature=0.8, top_k=0, seed=3, length=12)
+SAY = [["system", "Be brief."], ["user", "1 + 1?"]]
+
+
+def strong_model(attn, seed=0):
+    """A model whose weights are large enough for attention to be far from uniform."""
+    model = base_model(attn, seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.requires_grad_(False)
+
+
+class Client:
+    """A server of checkpoints in this process, and requests to it."""
+
+    def __init__(self, paths):
+        self.server = viewer.Server(("127.0.0.1", 0), viewer.Handler)
+        self.server.viewer = viewer.Viewer(paths)
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.port = self.server.server_port
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def request(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        contents = answer.read()
+        connection.close()
+        return answer, contents
+
+    def post(self, path, **body):
+        answer, contents = self.request("POST", path, json.dumps(body), **{"Content-Type": "application/json"})
+        return answer.status, contents
+
+    def read(self, text=TEXT, **more):
+        status, contents = self.post("/read", text=text, **more)
+        assert status == 200, contents
+        return json.loads(contents)
+
+    def maps(self, reading, model, layer, heads):
+        """Map 1 and, if there are two, map 2 and lambda."""
+        status, contents = self.post("/maps", reading=reading["reading"], model=model, layer=layer)
+        T = len(reading["tokens"])
+        all_, size = torch.frombuffer(bytearray(contents), dtype=torch.float32), heads * T * T
+        assert status == 200 and len(all_) in (size, 2 * size + heads * T)
+        parts = all_.split([size, size, heads * T] if len(all_) > size else [size])
+        return [part.view(heads, T, -1) for part in parts]
+
+    def write(self, **body):
+        status, contents = self.post("/write", **WRITE | body)
+        assert status == 200, contents
+        return [json.loads(line) for line in contents.splitlines()]
+
+    def start_writing(self, **body):
+        """Ask for a text, and leave it unread -> a socket, after the first bytes."""
+        body = json.dumps({"text": "a", **WRITE, "temperature": 100, "length": 512, **body}).encode()
+        head = f"POST /write HTTP/1.0\r\nHost: localhost:{self.port}\r\nContent-Type: application/json\r\n"
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while b'"token"' not in connection.recv(4096):
+            pass
+        return connection
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("models")
+    for attn in ATTENTION:
+        save_model(home / f"{attn}.pt", strong_model(attn))
+    save_model(home / "tuned.pt", strong_model("v2", seed=1), stage="sft")
+    return home
+
+
+@pytest.fixture(scope="module")
+def one(home):
+    """The tuned model alone."""
+    client = Client([home / "tuned.pt"])
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def two(home):
+    """A plain model and V2."""
+    client = Client([home / "vanilla.pt", home / "v2.pt"])
+    yield client
+    client.close()
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def test_models(one, two, home):
+    described = json.loads(two.post("/models")[1])
+    assert described["tokens"] == 96
+    assert [(about["attn"], about["maps"], about["heads"], about["layers"]) for about in described["models"]] == [
+        ("vanilla", 1, 2, 2),
+        ("v2", 2, 2, 2),
+    ]
+    about = json.loads(one.post("/models")[1])["models"][0]
+    assert (about["name"], about["stage"], about["step"]) == (str(home / "tuned.pt"), "sft", 7)
+
+
+def test_tokens(one):
+    assert one.read("b\n")["tokens"] == [END_OF_TEXT, "b", "\n"]
+    reading = one.read("é<|im_end|>\ud800")
+    assert reading["tokens"][:4] == [END_OF_TEXT, "\\xc3", "\\xa9", "<"]  # a text has no control tokens
+    assert reading["start"] == len(reading["tokens"])
+    chat = one.read(None, messages=SAY)["tokens"]
+    assert len(chat) == len(render_prompt(SAY, BYTES)) and chat[0] == "<|im_start|>"
+
+
+def test_no_text(one):
+    """What begins every text is there."""
+    assert json.loads(one.post("/read", text="")[1])["tokens"] == [END_OF_TEXT]
+
+
+@pytest.mark.parametrize("attn", ATTENTION)
+def test_maps(attn, home):
+    """Those of bench.probes, and of engine.attention by itself; each row sums to 1."""
+    client, model = Client([home / f"{attn}.pt"]), strong_model(attn)
+    reading, heads = client.read(), json.loads(client.post("/models")[1])["models"][0]["heads"]
+    idx = torch.tensor([[BYTES.encode_single_token(END_OF_TEXT), *BYTES.encode_ordinary(TEXT)]])
+    x = model.embed(idx)
+    for layer, (expected, _) in enumerate(layer_maps(model, idx, slice(None))):
+        maps = client.maps(reading, 0, layer, heads)
+        block, rope = model.layers[layer], model.rope(idx.size(1))
+        q, k = block.attn.qkv(block.attn_norm(x), rope)[:2]
+        if attn == "v1":  # map m of a pair reads key head m
+            naive = [attention_maps(q[:, :, m::2], k[:, :, m::2], q.size(-1) ** -0.5)[0] for m in (0, 1)]
+        else:
+            naive = attention_maps(q, k, q.size(-1) ** -0.5)[0]
+            naive = [naive] if attn == "vanilla" else [naive[0::2], naive[1::2]]
+        for ours, theirs in zip(maps, naive):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+            torch.testing.assert_close(ours.sum(-1), torch.ones(heads, idx.size(1)))
+        if attn != "vanilla":
+            first, second, lam = maps
+            torch.testing.assert_close(first, expected["first"][0], rtol=0, atol=1e-6)
+            torch.testing.assert_close(second, expected["second"][0], rtol=0, atol=1e-6)
+            torch.testing.assert_close(first - lam * second, expected["weights"][0], rtol=0, atol=1e-6)
+            expected_lam = block.lam(x).expand(1, idx.size(1), heads)[0].T
+            torch.testing.assert_close(lam[..., 0], expected_lam, rtol=0, atol=1e-6)
+        x = block(x, rope)
+    client.close()
+
+
+def overview(client, reading, model):
+    """Numbers (layers, 3, heads) and pictures (layers, heads, S, S)."""
+    status, contents = client.post("/overview", reading=reading["reading"], model=model)
+    assert status == 200
+    layout = np.dtype([("numbers", "<f4", (3, 2)), ("pictures", "u1", (2, reading["side"], reading["side"]))])
+    layers = np.frombuffer(contents, layout)
+    return layers["numbers"], layers["pictures"]
+
+
+def test_overview(two):
+    reading = two.read()
+    numbers, pictures = overview(two, reading, 1)
+    assert numbers.shape == (2, 3, 2) and pictures.shape == (2, 2, 32, 32)
+    text_maps = sentence_maps(strong_model("v2"), WithEnd, TEXT, heads=4)["heads"]
+    order = [(head["layer"], head["head"]) for head in text_maps]
+    assert order == sorted(order, key=lambda place: -numbers[place[0], 0, place[1]])
+    first, second, lam = two.maps(reading, 1, 0, 2)
+    weights = first - lam * second
+    removed = torch.minimum(first, lam * second)[..., 1:].sum(-1).mean(-1)
+    p = weights.abs() / weights.abs().sum(-1, keepdim=True)
+    entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).mean(-1)
+    for ours, theirs in zip(numbers[0], (removed, p[..., 0].mean(-1), entropy)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert not overview(two, reading, 0)[0][:, 0].any()  # a plain model removes nothing
+
+
+class WithEnd:
+    """The tokenizer of bytes, with the token that begins a text."""
+
+    decode = BYTES.decode
+
+    def encode_ordinary(text):
+        return [BYTES.encode_single_token(END_OF_TEXT), *BYTES.encode_ordinary(text)]
+
+
+def test_pictures_of_a_short_text(two):
+    """A pixel is a weight there."""
+    reading = two.read("short")
+    first, second, lam = two.maps(reading, 1, 1, 2)
+    weights = (first - lam * second).numpy()
+    expected = 128 + 127 * np.sign(weights) * np.sqrt(np.abs(weights))
+    pictures = overview(two, reading, 1)[1][1].astype(float)
+    assert np.abs(pictures - expected).max() <= 0.51 and reading["side"] == 6
+    assert (weights < 0).any()
+
+
+def test_limits(one):
+    assert len(one.read("x" * 95)["tokens"]) == 96
+    status, contents = one.post("/read", text="x" * 96)
+    assert status == 400 and "97 tokens" in json.loads(contents)["error"]
+
+
+def test_old_readings_go(one):
+    first = one.read("a")
+    for _ in range(viewer.KEPT):
+        last = one.read("b")
+    assert one.post("/maps", reading=first["reading"], model=0, layer=0)[0] == 410
+    assert one.post("/maps", reading=last["reading"], model=0, layer=0)[0] == 200
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def test_writing(two):
+    ids = WithEnd.encode_ordinary(TEXT)
+    prompt, *tokens, end = two.write(text=TEXT, model=1, temperature=0)
+    expected = strong_model("v2").generate(torch.tensor([ids]), 12, temperature=0, n_vocab=BYTES.n_vocab)[0].tolist()
+    labels = [BYTES.decode_single_token_bytes(token).decode(errors="backslashreplace") for token in expected]
+    ends = [i for i in range(len(ids), len(expected)) if expected[i] >= 256]  # an end token is not shown
+    stop = ends[0] if ends else len(expected)
+    assert prompt["tokens"] == labels[: len(ids)]
+    assert [token["token"] for token in tokens] == labels[len(ids) : stop]
+    assert end["written"] == BYTES.decode(expected[len(ids) : stop])
+    assert end["reading"]["tokens"] == labels[:stop] and end["reading"]["start"] == len(ids)
+    first, _, _ = two.maps(end["reading"], 1, 1, 2)  # the new tokens can be looked at
+    torch.testing.assert_close(first.sum(-1), torch.ones(2, stop))
+
+
+def test_sampling(one):
+    written = [one.write(text="a", seed=seed, length=40)[-1]["written"] for seed in (1, 1, 2)]
+    assert written[0] == written[1] != written[2]
+    assert one.write(text="a", top_k=1)[-1]["written"] == one.write(text="a", temperature=0)[-1]["written"]
+
+
+def test_chat(one, two):
+    prompt = one.write(messages=SAY)[0]["tokens"]
+    assert len(prompt) == len(render_prompt(SAY, BYTES)) and prompt[-1] == "\n"
+    status, contents = two.post("/write", **WRITE, messages=SAY)
+    assert status == 400 and "chat" in json.loads(contents)["error"]
+
+
+def test_text_fills_the_context(one):
+    *_, end = one.write(text="x" * 90, length=512, temperature=100)
+    assert len(end["reading"]["tokens"]) <= 96
+    assert one.post("/write", **WRITE, text="x" * 95)[0] == 400
+
+
+@pytest.fixture
+def slowly(monkeypatch):
+    """A token every hundredth of a second."""
+    step = viewer.Decoder.step
+    monkeypatch.setattr(viewer.Decoder, "step", lambda decoder: (time.sleep(0.01), step(decoder))[1])
+
+
+def test_stop(one, slowly):
+    connection = one.start_writing()
+    assert one.post("/stop")[0] == 200
+    rest = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert len(json.loads(rest.splitlines()[-1])["reading"]["tokens"]) < 96
+    connection.close()
+
+
+def test_reading_while_another_text_is_written(one, slowly):
+    """Requests pass between two tokens; a second text is refused."""
+    connection = one.start_writing()
+    assert one.read("b")["tokens"][-1] == "b"
+    assert "another text" in one.write(text="b")[0]["error"]
+    one.post("/stop")
+    connection.close()
+    wait_until(lambda: not one.server.viewer.writing.locked())
+    assert one.write(text="b")[-1]["reading"]
+
+
+def test_client_that_leaves(one, slowly, capfd):
+    """The text ends with it, and that is no error."""
+    one.start_writing().close()
+    wait_until(lambda: not one.server.viewer.writing.locked())
+    assert one.write(text="b")[-1]["reading"]
+    assert capfd.readouterr().err == ""
+
+
+def test_viewer_that_ends(home, slowly, capfd):
+    """The text stops, which is no error."""
+    client = Client([home / "v2.pt"])
+    capfd.readouterr()
+    connection = client.start_writing()
+    client.server.viewer.turns.shutdown()
+    assert b"error" not in b"".join(iter(lambda: connection.recv(65536), b""))
+    connection.close()
+    client.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_error_while_writing(one, monkeypatch, capfd):
+    """It is a line on the page and on stderr, and the next text can be written."""
+    monkeypatch.setattr(viewer.Decoder, "step", lambda decoder: 1 / 0)
+    assert "ZeroDivisionError" in one.write(text="a")[-1]["error"]
+    monkeypatch.undo()
+    assert one.write(text="a")[-1]["reading"]
+    assert capfd.readouterr().err.splitlines() == ["error: ZeroDivisionError: division by zero"]
+
+
+# ------------------------------------------------------------------------------------- wrong requests
+
+JSON = {"Content-Type": "application/json"}
+REQUESTS = {  # method, path, body, headers, status
+    "other_host": ("GET", "/", None, {"Host": "example.org"}, 403),
+    "other_port": ("GET", "/", None, {"Host": "127.0.0.1:1"}, 403),
+    "other_host_post": ("POST", "/models", "{}", {**JSON, "Host": "evil.test"}, 403),
+    "file": ("GET", "/page.html", None, {}, 404),
+    "path": ("GET", "/../../etc/passwd", None, {}, 404),
+    "unknown": ("POST", "/nothing", "{}", JSON, 404),
+    "attribute": ("POST", "/__init__", "{}", JSON, 404),
+    "method": ("PUT", "/models", "{}", JSON, 501),
+    "type": ("POST", "/models", "{}", {"Content-Type": "text/plain"}, 415),
+    "no_json": ("POST", "/read", "{", JSON, 400),
+    "no_utf8": ("POST", "/read", b'{"text": "\xff"}', JSON, 400),
+    "deep_json": ("POST", "/read", "[" * 60000, JSON, 400),
+    "no_object": ("POST", "/read", "[]", JSON, 400),
+    "long_number": ("POST", "/maps", '{"model": 0, "reading": %s}' % ("9" * 5000), JSON, 400),
+    "no_text": ("POST", "/read", "{}", JSON, 400),
+    "text_of_another_type": ("POST", "/read", '{"text": 1}', JSON, 400),
+    "huge_text": ("POST", "/read", json.dumps({"text": "x" * 10**6}), JSON, 413),
+    "negative_length": ("POST", "/read", "{}", {**JSON, "Content-Length": "-1"}, 411),
+    "messages": ("POST", "/read", '{"messages": [["user"]]}', JSON, 400),
+    "no_messages": ("POST", "/read", '{"messages": {"a": 1}}', JSON, 400),
+    "role": ("POST", "/read", '{"messages": [["tool", "a"]]}', JSON, 400),
+    "no_reading": ("POST", "/maps", '{"model": 0, "layer": 0}', JSON, 400),
+    "unknown_reading": ("POST", "/maps", '{"reading": 999, "model": 0, "layer": 0}', JSON, 410),
+    "unknown_layer": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": 2}', JSON, 400),
+    "negative_layer": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": -1}', JSON, 400),
+    "layer_true": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": true}', JSON, 400),
+    "layer_fraction": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": 0.5}', JSON, 400),
+    "unknown_model": ("POST", "/overview", '{"reading": READING, "model": 1}', JSON, 400),
+    "no_sampling": ("POST", "/write", '{"text": "a", "model": 0}', JSON, 400),
+    "temperature_nan": ("POST", "/write", json.dumps({**WRITE, "text": "a", "temperature": float("nan")}), JSON, 400),
+    "seed": ("POST", "/write", json.dumps({**WRITE, "text": "a", "seed": -1}), JSON, 400),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_wrong_request(name, one, capfd):
+    """It gets a message for the page, there is one line on stderr, and the server goes on."""
+    method, path, body, headers, status = REQUESTS[name]
+    if isinstance(body, str):
+        body = body.replace("READING", str(one.read("a")["reading"]))
+    answer, contents = one.request(method, path, body, **headers)
+    assert answer.status == status, contents
+    assert status == 501 or json.loads(contents)["error"]
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert one.read("a")["tokens"][-1] == "a"
+
+
+def test_broken_requests(one, capfd):
+    """Clients that send nothing, half a request or no HTTP, or leave before the answer, do no harm."""
+    whole = f"POST /read HTTP/1.0\r\nHost: localhost:{one.port}\r\nContent-Type: application/json\r\n"
+    whole += 'Content-Length: 13\r\n\r\n{"text": "a"}'
+    for sent in ("", "\r\n", "GARBAGE\r\n\r\n", "GET / HTTP/9.9\r\n\r\n", "GET / HTTP/1.0\r\n\r\n", whole[:-3], whole):
+        with socket.create_connection(("127.0.0.1", one.port)) as connection:
+            connection.sendall(sent.encode())
+    assert one.read("a")["tokens"][-1] == "a"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_many_at_once(one):
+    """Each gets the maps of its own text."""
+    lengths, found = [3, 9, 30, 60], {}
+
+    def ask(length):
+        reading = one.read("x" * length)
+        found[length] = one.maps(reading, 0, 1, 2)[0].shape[1]
+
+    threads = [threading.Thread(target=ask, args=(length,)) for length in lengths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {length: length + 1 for length in lengths}
+
+
+# ------------------------------------------------------------------------------------- page and program
+
+
+def test_page(one):
+    """It names nothing outside, and the policy allows its own script and style alone."""
+    answer, page = one.request("GET", "/")
+    policy = answer.headers["Content-Security-Policy"]
+    assert answer.status == 200 and "default-src 'none'" in policy and "unsafe" not in policy
+    for tag in (b"script", b"style"):
+        [contents] = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
+        assert base64.b64encode(hashlib.sha256(contents).digest()).decode() in policy
+    assert not re.search(rb"https?://|<link rel=.stylesheet|<script src|style=|onclick=|eval\(|innerHTML", page)
+    assert "Set-Cookie" not in answer.headers and one.server.server_address[0] == "127.0.0.1"
+
+
+def test_different_tokenizers(home, tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = get_tokenizer("tokenizer.json", tmp_path)
+    tokenizer.save(tmp_path)
+    save_model(tmp_path / "other.pt", base_model(), data={"tokenizer": tokenizer.name})
+    with pytest.raises(UserError, match="tokenizers differ"):
+        viewer.Viewer([home / "v2.pt", tmp_path / "other.pt"])
+
+
+def start(*arguments):
+    """Call main() as from the command line."""
+    with patch.object(sys, "argv", ["viewer", *map(str, arguments)]):
+        viewer.run_script(viewer.main)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["missing.pt"], ["notes.txt"], [], ["a", "b", "c"], ["--port", "65536"], ["--port", "x"]],
+    ids=["missing", "damaged", "none", "three", "port", "no_port"],
+)
+def test_wrong_arguments(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("no checkpoint")
+    with pytest.raises(SystemExit) as stopped:
+        start(*arguments, *([] if "--port" in arguments else ["--port", 0]))
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loading ")]
+    assert stopped.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ")
+
+
+def test_taken_port(one, home, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        start(home / "v2.pt", "--port", one.port)
+    assert stopped.value.code == 2 and "--port names another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "writing"])
+def test_ctrl_c(busy, home, tmp_path, slowly):
+    output = tmp_path / "output"
+    child = fork(lambda: start(home / "v2.pt", "--port", 0), output)
+    wait_until(lambda: output.exists() and "http://127.0.0.1:" in output.read_text())
+    client = Client.__new__(Client)
+    client.port = int(re.search(r":(\d+)/", output.read_text())[1])
+    connection = client.start_writing() if busy else None
+    os.kill(child, signal.SIGINT)
+    assert exit_code(child) == 130
+    assert "rror" not in output.read_text() and "Traceback" not in output.read_text()
+    if connection:
+        connection.close()
