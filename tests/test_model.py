@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from reference import REFERENCE
 from small import HEADS, relative_error, tiny_config, tiny_model
 
+import train
 from engine import loss as loss_module
 from engine.loss import mean_cross_entropy, token_cross_entropy
 from model import ATTENTION, GPT, DiffAttnV2, GPTConfig, pad_vocab, rope_table
@@ -263,3 +264,18 @@ def test_tied_embeddings():
 def test_pad_vocab():
     assert [pad_vocab(n) for n in (1, 64, 65, 259, 50257, 50259)] == [64, 64, 128, 320, 50304, 50304]
     assert pad_vocab(10, multiple=8) == 16
+
+
+@pytest.mark.parametrize("preset", train.SHAPES)
+def test_v2_has_fewer_attention_parameters_than_as_many_query_heads_of_a_transformer(preset):
+    """One sixth with as many key heads as heads, towards a quarter with fewer; lambda_proj takes 1 / head_dim of it."""
+    shape = train.SHAPES[preset]["v2"]
+    heads, width = shape["n_head"], shape["head_dim"]
+    small = dict(n_embd=64, vocab_size=64, block_size=8, n_inner=8, n_kv_head=shape.get("n_kv_head", heads), n_layer=1)
+    v2 = GPT(GPTConfig(attn="v2", n_head=heads, head_dim=width, **small)).layers[0].attn
+    plain = GPT(GPTConfig(attn="vanilla", n_head=2 * heads, head_dim=width, **small)).layers[0].attn
+    assert v2.q_proj.weight.shape == plain.q_proj.weight.shape and v2.k_proj.weight.shape == plain.k_proj.weight.shape
+    counts = [sum(p.numel() for p in attn.parameters()) for attn in (v2, plain)]
+    saved = (1 - 1 / width) / (4 + 2 * small["n_kv_head"] / heads)
+    assert 1 - counts[0] / counts[1] == pytest.approx(saved)
+    assert {"tiny": 0.164, "ldiff": 0.165, "1b": 0.221, "10b": 0.221}[preset] == pytest.approx(saved, abs=5e-4)
