@@ -17,19 +17,8 @@ import torch
 
 from data.chat import CHAT_TEMPLATE, default_system
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
-from engine import parallel
+from engine import huggingface, parallel
 from engine.checkpoint import BEST, archive_previous_run, load_checkpoint, load_weights, run_folder, save_checkpoint
-from engine.huggingface import (
-    SMALL_FILES,
-    WEIGHTS,
-    find_folder,
-    new_folder,
-    read_chat_template,
-    read_json,
-    read_safetensors,
-    write_json,
-    write_safetensors,
-)
 from engine.terminal import printable
 from model import GPT, GPTConfig, pad_vocab
 from sft import load_config
@@ -124,29 +113,18 @@ def import_weights(theirs, config):
             expected = GPT(config).state_dict()
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # sizes beyond all numbers
         raise UserError(f"config.json cannot be used: {error}") from error
-    state, unknown = {}, {name for name in theirs if not name.endswith("rotary_emb.inv_freq")}
-    for name, like in expected.items():
-        if name.endswith("subln.weight"):
-            state[name] = torch.ones(like.shape)
-            continue
-        tied = config.tie_embeddings and name == "lm_head.weight"
-        source = to_hf_name("embed_tokens.weight" if tied else name)
-        unknown -= {source, to_hf_name(name)}  # a file may have the tied lm_head, too
-        if source not in theirs:
-            raise UserError(f"the weights lack {source}")
-        if tied and not torch.equal(theirs.get(name, theirs[source]), theirs[source]):
-            raise UserError("config.json ties lm_head to the embedding, and the weights have another lm_head")
-        if theirs[source].shape != like.shape:
-            shape, expected_shape = tuple(theirs[source].shape), tuple(like.shape)
-            raise UserError(f"{source} has the shape {shape}, by config.json it should have {expected_shape}")
-        if not theirs[source].isfinite().all():
-            raise UserError(f"{source} is not finite")
-        state[name] = theirs[source]
+    embedding = to_hf_name("embed_tokens.weight")
+    if config.tie_embeddings and "lm_head.weight" not in theirs and embedding in theirs:
+        theirs = theirs | {"lm_head.weight": theirs[embedding]}
+    has_weight = {name: tensor for name, tensor in expected.items() if not name.endswith("subln.weight")}
+    huggingface.check_tensors(theirs, {to_hf_name(name): tensor.shape for name, tensor in has_weight.items()})
+    if config.tie_embeddings and not torch.equal(theirs["lm_head.weight"], theirs[embedding]):
+        raise UserError("config.json ties lm_head to the embedding, and the weights have another lm_head")
+    state = {name: torch.ones(tensor.shape) for name, tensor in expected.items()}  # subln's, in the end
+    for name in has_weight:
+        state[name] = tensor = theirs[to_hf_name(name)]
         if is_paired(name, config):  # theirs: the first heads of all pairs, a1 b1 c1 a2 b2 c2; ours: a1 a2 b1 b2 c1 c2
-            heads = theirs[source].unflatten(0, (2, -1, config.head_dim))
-            state[name] = heads.transpose(0, 1).flatten(0, 2)
-    if unknown:
-        raise UserError(f"this model has no place for {', '.join(sorted(unknown)[:3])}")
+            state[name] = tensor.unflatten(0, (2, -1, config.head_dim)).transpose(0, 1).flatten(0, 2)
     return state
 
 
@@ -185,12 +163,13 @@ def diff_weights(state, config):
 
 def import_model(source, folder):
     """Write the model in a Hugging Face folder, or of a name on the hub, to folder/best.pt."""
-    theirs = find_folder(source, SMALL_FILES)  # what is refused is refused before gigabytes are loaded
-    given, template = read_json(theirs / "config.json"), read_chat_template(theirs)
+    theirs = huggingface.find_folder(source, huggingface.SMALL_FILES)  # refused files cost no gigabytes
+    given, template = huggingface.read_json(theirs / "config.json"), huggingface.read_chat_template(theirs)
     config, encoding = import_config(given), get_tokenizer("tokenizer.json", theirs)
     if encoding.n_base > config.vocab_size:  # without the control tokens that it lacks, which n_vocab counts
         raise UserError(f"tokenizer.json has {encoding.n_base} tokens, and the embedding {config.vocab_size}")
-    state = import_weights(read_safetensors(find_folder(source, WEIGHTS)), config)
+    theirs = huggingface.find_folder(source, huggingface.WEIGHTS)
+    state = import_weights(huggingface.read_safetensors(theirs), config)
     if encoding.n_vocab > config.vocab_size:  # no room for the control tokens: new rows, the mean of the others
         config = replace(config, vocab_size=pad_vocab(encoding.n_vocab))
         for name in ("embed_tokens.weight", "lm_head.weight"):
@@ -247,13 +226,13 @@ def export_model(path, folder):
     # A tuned model ends its answers with <|im_end|>, the first of the two.
     ends = [end_of_text] if checkpoint["stage"] == "pretrain" else [im_end, end_of_text]
     bos, eos = encoding.decode([end_of_text]), encoding.decode(ends[:1])
-    with new_folder(folder) as temporary:
-        write_safetensors(temporary, weights)
-        write_json(temporary / "config.json", export_config(config, end_of_text, ends))
-        write_json(temporary / "tokenizer.json", encoding.tokenizer_json())
-        settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=bos)
-        settings |= dict(clean_up_tokenization_spaces=False, model_max_length=config.block_size)
-        write_json(temporary / "tokenizer_config.json", settings | {"chat_template": CHAT_TEMPLATE})
+    settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=bos)
+    settings |= dict(clean_up_tokenization_spaces=False, model_max_length=config.block_size)
+    huggingface.write_folder(folder, weights, {
+        "config.json": export_config(config, end_of_text, ends),
+        "tokenizer.json": encoding.tokenizer_json(),
+        "tokenizer_config.json": settings | {"chat_template": CHAT_TEMPLATE},
+    })  # fmt: skip
     print(f"{folder}: {CLASSES[config.attn][1]}, {config.n_layer} layers, {config.n_embd} wide")
 
 

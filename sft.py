@@ -21,14 +21,14 @@ from data.tokenizer import IM_END, get_tokenizer
 from engine import parallel
 from engine.attention import check_impl
 from engine.checkpoint import Checkpointer, load_init_from, load_weights, resume_settings, run_folder
-from engine.device import autocast, choose_device, oom_advice
+from engine.device import autocast, choose_device, choose_preset, oom_advice
 from engine.generate import Decoder
 from engine.graphs import GraphedForwardBackward, bf16_copy, compile_layers, wants_compile
 from engine.log import Log, describe, progress, summarize
 from engine.loss import token_cross_entropy
 from lora import apply_lora, load_lora, lora_state_dict, merge_lora
 from model import ATTENTION, GPT, GPTConfig
-from train import CommonSettings, fit, fitting_preset, make_optimizer
+from train import CommonSettings, fit, make_optimizer
 
 # ---------------------------------------------------------------------------------------------------
 # Settings
@@ -86,7 +86,7 @@ def choose_settings(given, settings_class, presets, stage):
     attn = checkpoint["config"].get("attn")
     preset = given.get("preset", "auto")
     if preset == "auto":
-        preset = fitting_preset(checkpoint)
+        preset = choose_preset(checkpoint)
     settings = settings_class(**{**presets[preset], **given, "preset": preset, "attn": attn})
     return parallel.fit_micro_batch_size(settings, given), checkpoint
 

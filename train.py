@@ -21,7 +21,7 @@ from data.tokenizer import END_OF_TEXT, get_tokenizer
 from engine import parallel
 from engine.attention import ATTENTION_IMPLS, check_impl
 from engine.checkpoint import Checkpointer, check_fit, load_init_from, load_weights, resume_settings, run_folder
-from engine.device import autocast, choose_device, oom_advice
+from engine.device import autocast, choose_device, choose_preset, oom_advice
 from engine.graphs import wants_compile
 from engine.log import Log, describe, print_line, progress, summarize
 from model import ATTENTION, GPT, GPTConfig, pad_vocab
@@ -127,29 +127,15 @@ def choose_settings(given):
     """Choose the settings from the flags that were given, and load the checkpoint to start from or resume, or None."""
     if given.get("resume"):
         return resume_settings(given, Settings, Pretraining.stage)
-    preset = given.get("preset", "auto")
     checkpoint = load_init_from(given["init_from"], given.get("attn")) if given.get("init_from") else None
-    if preset == "auto" and checkpoint:
-        preset = fitting_preset(checkpoint)
-    elif preset == "auto":
-        preset, why = ("ldiff", "there is a") if torch.cuda.is_available() else ("tiny", "there is no")
-        print(f"preset: {preset}, since {why} CUDA GPU; --preset tiny or --preset ldiff chooses")
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = choose_preset(checkpoint)
     shape = SHAPES[preset].get(given.get("attn", Settings.attn), SHAPES[preset]["vanilla"])
     if checkpoint:
         shape = {name: checkpoint["config"][name] for name in MODEL_FLAGS if name in checkpoint["config"]}
     settings = Settings(**{**PRESETS[preset], **shape, **given, "preset": preset})
     return parallel.fit_micro_batch_size(settings, given), checkpoint
-
-
-def fitting_preset(checkpoint):
-    """Choose the preset for going on with a checkpoint's model, by its tokenizer and size."""
-    tokenizer = checkpoint["data"].get("tokenizer")
-    # Tied weights have one address and count once.
-    size = sum({t.data_ptr(): t.numel() for t in checkpoint["model"].values() if torch.is_tensor(t)}.values())
-    preset = "tiny" if tokenizer == "bytes" else "ldiff" if size < 6e8 else "1b" if size < 4e9 else "10b"
-    why = f"the checkpoint has the tokenizer {tokenizer} and {size / 1e6:,.1f}M parameters"
-    print(f"preset: {preset}, since {why}; --preset chooses another")
-    return preset
 
 
 # ---------------------------------------------------------------------------------------------------

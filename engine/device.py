@@ -34,6 +34,21 @@ def choose_device(name):
     return device
 
 
+def choose_preset(checkpoint=None):
+    """Choose the preset that fits a checkpoint's tokenizer and size, or for a new model the machine, and print why."""
+    if checkpoint:
+        tokenizer = checkpoint["data"].get("tokenizer")
+        # Tied weights have one address and count once.
+        size = sum({t.data_ptr(): t.numel() for t in checkpoint["model"].values() if torch.is_tensor(t)}.values())
+        preset = "tiny" if tokenizer == "bytes" else "ldiff" if size < 6e8 else "1b" if size < 4e9 else "10b"
+        why = f"the checkpoint has the tokenizer {tokenizer} and {size / 1e6:,.1f}M parameters"
+    else:
+        preset, why = ("ldiff", "there is a") if torch.cuda.is_available() else ("tiny", "there is no")
+        why += " CUDA GPU"
+    print(f"preset: {preset}, since {why}; --preset chooses another")
+    return preset
+
+
 def autocast(device):
     """Return a context that computes in bf16 on CUDA and in float32 elsewhere."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()

@@ -96,26 +96,37 @@ def read_chat_template(folder):
     return template if isinstance(template, str) else ""
 
 
-@contextlib.contextmanager
-def new_folder(folder):
-    """Yield a temporary folder, and rename it to `folder` at the end. Raises UserError if that has files already."""
+def check_tensors(tensors, shapes):
+    """Raise UserError unless {name: tensor} are finite and have just these {name: shape}."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise UserError(f"the weights lack {name}")
+        if tensors[name].shape != shape:
+            found = tuple(tensors[name].shape)
+            raise UserError(f"{name} has the shape {found}, by config.json it should have {tuple(shape)}")
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{name} is not finite")
+    unknown = [name for name in tensors.keys() - shapes.keys() if not name.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        raise UserError(f"this model has no place for {', '.join(sorted(unknown)[:3])}")
+
+
+def write_folder(folder, tensors, contents):
+    """Write {name: tensor} as safetensors, and {file name: JSON} -> a new folder, which appears when it is complete.
+
+    Raises UserError if it has files already.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already, and nothing there is overwritten; name another folder")
     temporary = Path(f"{folder}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        yield temporary
+        with needs_safetensors():
+            huggingface_hub.save_torch_state_dict(tensors, temporary)  # beyond 5 GB as shards and their index
+        for name, value in contents.items():
+            text = json.dumps(value, indent=1, ensure_ascii=False)
+            (temporary / name).write_text(text + "\n", encoding="utf-8")
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_safetensors(folder, tensors):
-    """Write {name: tensor} as model.safetensors, or beyond 5 GB as shards and their index."""
-    with needs_safetensors():
-        huggingface_hub.save_torch_state_dict(tensors, folder)
-
-
-def write_json(path, contents):
-    path.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
