@@ -1,5 +1,6 @@
 """bench/runs.py, bench/figures.py and bench/table2.py: the report's runs, what is read from their logs, and Table 2."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -90,10 +91,9 @@ def test_the_runs_of_smollm2():
     assert found[1] == ("out/runs/smollm2/sft/best.pt", "orca_dpo_pairs-smollm2", 100)
 
 
-def test_a_run_has_the_shape_of_the_model_it_starts_from(plan, tmp_path, monkeypatch):
-    """But its own context; also after an interruption."""
-    train_run(plan(keep_best=True, n_kv_head=1), tmp_path / "start", tmp_path / "start.csv")
-    other = dict(init_from=f"{tmp_path}/start/best.pt", block_size=16, n_layer=1, n_embd=64, n_head=1, n_inner=8)
+@contextlib.contextmanager
+def interrupted_by_saving(monkeypatch):
+    """Let the run in this block end with its first checkpoint."""
     save = Checkpointer.save
 
     def save_and_stop(checkpointer, step):
@@ -102,6 +102,14 @@ def test_a_run_has_the_shape_of_the_model_it_starts_from(plan, tmp_path, monkeyp
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Checkpointer, "save", save_and_stop)
+        yield
+
+
+def test_a_run_has_the_shape_of_the_model_it_starts_from(plan, tmp_path, monkeypatch):
+    """But its own context; also after an interruption."""
+    train_run(plan(keep_best=True, n_kv_head=1), tmp_path / "start", tmp_path / "start.csv")
+    other = dict(init_from=f"{tmp_path}/start/best.pt", block_size=16, n_layer=1, n_embd=64, n_head=1, n_inner=8)
+    with interrupted_by_saving(monkeypatch):
         train_run(plan(**other), tmp_path / "run", tmp_path / "run.csv")
     train_run(plan(**other), tmp_path / "run", tmp_path / "run.csv")
     before, after = (load_checkpoint(path)["config"] for path in (other["init_from"], tmp_path / "run" / NEWEST))
@@ -192,14 +200,7 @@ def test_a_run_without_the_methods(plan, tmp_path):
 def test_an_interrupted_run_has_the_same_log(plan, bare, tmp_path, monkeypatch):
     plan = partial(plan, bare, weight_decay=0.01)
     train_run(plan(), tmp_path / "whole", tmp_path / "whole.csv")
-    save = Checkpointer.save
-
-    def save_and_stop(checkpointer, step):
-        save(checkpointer, step)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Checkpointer, "save", save_and_stop)
+    with interrupted_by_saving(monkeypatch):
         train_run(plan(), tmp_path / "part", tmp_path / "part.csv")
     assert not (tmp_path / "part.csv").exists()
     train_run(plan(), tmp_path / "part", tmp_path / "part.csv")
