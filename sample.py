@@ -57,6 +57,13 @@ def furthest_checkpoint():
     raise UserError("there is no model in out/ yet; python train.py makes one, or name a checkpoint (--init_from)")
 
 
+def load_model(path, device, attn_impl="auto"):
+    """Load the model of a checkpoint for inference -> the model, its tokenizer, the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    config, encoding = load_config(checkpoint, attn_impl)
+    return prepare_for_inference(load_weights(GPT(config), checkpoint).to(device)), encoding, checkpoint
+
+
 class Generator:
     """A model and its tokenizer, ready to print text."""
 
@@ -64,17 +71,14 @@ class Generator:
         self.settings, self.device = settings, choose_device(settings.device)
         check_impl(settings.attn_impl, self.device)
         path = settings.init_from or furthest_checkpoint()
-        checkpoint = load_checkpoint(path)
-        self.stage = checkpoint["stage"]
-        config, self.encoding = load_config(checkpoint, settings.attn_impl)
-        self.block_size = config.block_size
+        model, self.encoding, checkpoint = load_model(path, self.device, settings.attn_impl)
+        self.stage, self.block_size = checkpoint["stage"], model.config.block_size
         self.ends = {self.encoding.encode_single_token(name) for name in ENDS}
-        model = prepare_for_inference(load_weights(GPT(config), checkpoint).to(self.device))
         options = dict(temperature=settings.temperature, top_k=settings.top_k or None, n_vocab=self.encoding.n_vocab)
         options["top_p"] = settings.top_p if settings.top_p < 1 else None
         self.decoder = Decoder(model, 1, self.block_size, settings.compile, **options)
         learned = f" after {self.stage}, step {checkpoint['step']}" if checkpoint["step"] else ", untrained or imported"
-        self.about = f"model: {path}, {config.attn}{learned}"
+        self.about = f"model: {path}, {model.config.attn}{learned}"
 
     def continuation(self, prompt, max_new_tokens):
         """Continue a list of ids up to an end token. Yields the text, piece by piece."""

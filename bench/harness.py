@@ -20,11 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from bench import environment, positive_int
 from data.tokenizer import CONTROL_TOKENS, END_OF_TEXT, IM_END
 from engine import parallel
-from engine.checkpoint import load_checkpoint, load_weights
 from engine.device import choose_device
-from engine.generate import Decoder, prepare_for_inference
-from model import GPT
-from sft import load_config
+from engine.generate import Decoder
+from sample import load_model
 
 try:
     import yaml
@@ -46,10 +44,8 @@ class CheckpointLM(TemplateLM):
 
     def __init__(self, path, batch_size, device):
         super().__init__()
-        checkpoint = load_checkpoint(path)
-        config, self.encoding = load_config(checkpoint, "auto")
-        self.model = prepare_for_inference(load_weights(GPT(config), checkpoint).to(device))
-        self.max_length, self.batch_size, self._device = config.block_size, batch_size, device
+        self.model, self.encoding, checkpoint = load_model(path, device)
+        self.max_length, self.batch_size, self._device = self.model.config.block_size, batch_size, device
         ends = [END_OF_TEXT] if checkpoint["stage"] == "pretrain" else [IM_END, END_OF_TEXT]  # as convert.py exports it
         self.ends = [self.encoding.encode_single_token(name) for name in ends]
         self.control = {self.encoding.encode_single_token(name) for name in CONTROL_TOKENS}

@@ -24,13 +24,10 @@ import torch
 from data.chat import render_prompt
 from data.tokenizer import END_OF_TEXT
 from engine import parallel
-from engine.checkpoint import load_checkpoint, load_weights
 from engine.device import choose_device
-from engine.generate import Decoder, prepare_for_inference
+from engine.generate import Decoder
 from engine.terminal import printable
-from model import GPT
-from sample import ENDS, furthest_checkpoint
-from sft import load_config
+from sample import ENDS, furthest_checkpoint, load_model
 from viewer.maps import PICTURE, layer_maps, read, summarize, to_bytes
 
 MAX_TOKENS = 512  # of a text, beside the one that begins it: maps are quadratic
@@ -63,10 +60,8 @@ class Viewer:
         self.models, self.about, encodings = [], [], []
         for path in paths:
             print(f"loading {path}", file=sys.stderr)
-            checkpoint = load_checkpoint(path)
-            config, encoding = load_config(checkpoint, "auto")
-            model = prepare_for_inference(load_weights(GPT(config), checkpoint).to(device))
-            attn = model.layers[0].attn
+            model, encoding, checkpoint = load_model(path, device)
+            config, attn = model.config, model.layers[0].attn
             shape = dict(layers=config.n_layer, heads=config.n_head // attn.value_width, maps=1 + hasattr(attn, "lam"))
             stage, step = checkpoint["stage"], checkpoint["step"]
             self.about.append(dict(name=str(path), attn=config.attn, stage=stage, step=step, **shape))
