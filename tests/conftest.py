@@ -1,7 +1,9 @@
 import os
+import threading
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from data.orca_dpo_pairs.prepare import tokenize as tokenize_pair
 from data.slimorca.prepare import tokenize as tokenize_conversation
@@ -10,6 +12,11 @@ from data.write import write_dataset, write_examples
 # The models in tests are so small that threads slow them down.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
+
+# Tests kill copies of this process. tqdm's own lock is shared between the copies: one that is killed while it holds the
+# lock would stop all others for good.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread that may hold the lock while a copy is made
 
 
 @pytest.fixture(scope="session")
