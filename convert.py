@@ -219,6 +219,8 @@ def export_model(path, folder):
             f"transformers has no class for the attention {config.attn}; sample.py talks to this model, and "
             "python -m bench.harness evaluates it"
         )
+    if config.n_kv_layers < config.n_layer:
+        raise UserError("transformers has no class for layers that share keys and values (n_kv_layers)")
     if config.attn == "vanilla" and config.n_embd % config.n_head:
         raise UserError(f"Llama's width is a multiple of its heads, and {config.n_embd} is not one of {config.n_head}")
     weights = export_weights(load_weights(GPT(config), checkpoint).state_dict(), config)

@@ -53,6 +53,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 6
     n_kv_head: int | None = None  # None: n_head; fewer: grouped-query attention
+    n_kv_layers: int = 0  # layers with keys and values of their own; those above read the last one's. 0: all
     n_embd: int = 768
     head_dim: int | None = None  # None: n_embd / n_head, rounded down to an even number
     n_inner: int = 1664  # width of the SwiGLU
@@ -70,10 +71,13 @@ class GPTConfig:
             self.n_kv_head = self.n_head
         if self.head_dim is None:
             self.head_dim = self.n_embd // self.n_head // 2 * 2
-        self.check_sizes("n_kv_head", "head_dim")
+        self.n_kv_layers = self.n_kv_layers or self.n_layer
+        self.check_sizes("n_kv_head", "n_kv_layers", "head_dim")
         for name in ("rope_theta", "norm_eps"):
             if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}")
+        if self.n_kv_layers > self.n_layer:
+            raise ValueError(f"n_kv_layers {self.n_kv_layers} is more than n_layer {self.n_layer}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.n_kv_head % ATTENTION[self.attn].value_width:
@@ -138,6 +142,9 @@ def apply_rope(x, rope):
 class Attention(nn.Module):
     """Causal softmax attention with grouped queries: the baseline, and what both DIFF variants build on.
 
+    Layers from n_kv_layers on have no k_proj and v_proj. They read the keys and values of the last layer below that has
+    them, `shared` (arXiv 2405.05254, YOCO). The cache is smaller, and they read only the last token of a prompt.
+
     A subclass with an entry in ATTENTION is a choice of --attn. It overrides what it changes: forward(), the number of
     query heads, the width of value heads, input_projections(), and lam(x), the factor of a second map, which is logged
     if it exists and broadcast to (B, T, pairs).
@@ -151,29 +158,36 @@ class Attention(nn.Module):
         self.head_dim, self.impl = config.head_dim, config.attn_impl
         kv_width = config.n_kv_head * config.head_dim
         self.q_proj = nn.Linear(config.n_embd, self.q_per_head * config.n_head * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.has_kv = layer < config.n_kv_layers
+        if self.has_kv:
+            self.k_proj = nn.Linear(config.n_embd, kv_width, bias=False)
+            self.v_proj = nn.Linear(config.n_embd, kv_width, bias=False)
         self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
 
     def input_projections(self):
         """The linear layers that read x, which are multiplied at once."""
-        return self.q_proj, self.k_proj, self.v_proj
+        return (self.q_proj, self.k_proj, self.v_proj) if self.has_kv else (self.q_proj,)
 
-    def qkv(self, x, rope):
+    def qkv(self, x, rope, shared=None):
         """x (B, T, C) -> q (B, T, H, D) and k (B, T, K, D), rotated, v (B, T, G, value_width * D).
 
-        What further input_projections() of a subclass put out comes after them.
+        What further input_projections() of a subclass put out comes after them. k and v are `shared` in a layer without
+        its own.
         """
-        q, k, v, *more = fused_linear(x, *self.input_projections())
+        q, *more = fused_linear(x, *self.input_projections())
         q = apply_rope(q.unflatten(-1, (-1, self.head_dim)), rope)
+        if not self.has_kv:
+            return q, *shared, *more
+        k, v, *more = more
         k = apply_rope(k.unflatten(-1, (-1, self.head_dim)), rope)
         v = v.contiguous()  # else the backward pass would keep all of the product for it
         return q, k, v.unflatten(-1, (-1, self.value_width * self.head_dim)), *more
 
-    def forward(self, x, rope, cache=None):
-        q, k, v = self.qkv(x, rope)
+    def forward(self, x, rope, cache=None, shared=None):
+        """x (B, T, C) -> the output (B, T, C), and its keys and values (k, v)."""
+        q, k, v = self.qkv(x, rope, shared)
         y = causal_attention(q, k, v, cache, self.impl)
-        return self.o_proj(y.flatten(2))
+        return self.o_proj(y.flatten(2)), (k, v)
 
 
 class DiffAttnV1(Attention):
@@ -199,8 +213,8 @@ class DiffAttnV1(Attention):
         q1, k1, q2, k2 = map(at_least_float32, (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init.type_as(q1)
 
-    def forward(self, x, rope, cache=None):
-        q, k, v = self.qkv(x, rope)
+    def forward(self, x, rope, cache=None, shared=None):
+        q, k, v = self.qkv(x, rope, shared)
         lam = self.lam(x)
         if not has_differential_kernel(q, k, v, cache, self.impl):
             attn1, attn2 = paired_attention(q, k, v, cache, self.impl)  # A1 V and A2 V, (B, T, pairs, 2D)
@@ -208,7 +222,7 @@ class DiffAttnV1(Attention):
         else:  # one kernel for the two lines above
             y = differential_attention(q, k, v, lam)
         y = at_least_float32(self.subln(y)) * (1 - self.lambda_init)
-        return self.o_proj(y.type_as(x).flatten(2))
+        return self.o_proj(y.type_as(x).flatten(2)), (k, v)
 
 
 class DiffAttnV2(Attention):
@@ -234,15 +248,15 @@ class DiffAttnV2(Attention):
         """
         return torch.sigmoid(self.lambda_proj(x) if logits is None else logits)
 
-    def forward(self, x, rope, cache=None):
-        q, k, v, logits = self.qkv(x, rope)
+    def forward(self, x, rope, cache=None, shared=None):
+        q, k, v, logits = self.qkv(x, rope, shared)
         lam = self.lam(x, logits)
         if not has_differential_kernel(q, k, v, cache, self.impl):
             attn1, attn2 = paired_attention(q, k, v, cache, self.impl)  # A1 V and A2 V, (B, T, n_head, D)
             y = (attn1 - lam.unsqueeze(-1) * attn2).type_as(attn1)
         else:  # one kernel for the two lines above
             y = differential_attention(q, k, v, lam)
-        return self.o_proj(y.flatten(2))
+        return self.o_proj(y.flatten(2)), (k, v)
 
 
 ATTENTION = {"vanilla": Attention, "v1": DiffAttnV1, "v2": DiffAttnV2}
@@ -279,15 +293,18 @@ class Block(nn.Module):
         self.attn = ATTENTION[config.attn](config, layer)
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = SwiGLU(config)
+        self.shares_kv = layer == config.n_kv_layers - 1 < config.n_layer - 1
 
-    def forward(self, x, rope, cache=None):
+    def forward(self, x, rope, cache=None, shared=None):
+        """x (B, T, C) -> x after this layer, and its keys and values if the layers above read them, else None."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.residual, x, rope, use_reentrant=False)
-        return self.residual(x, rope, cache)
+            return checkpoint(self.residual, x, rope, None, shared, use_reentrant=False)
+        return self.residual(x, rope, cache, shared)
 
-    def residual(self, x, rope, cache=None):
-        x = x + self.attn(self.attn_norm(x), rope, cache)
-        return x + self.mlp(self.mlp_norm(x))
+    def residual(self, x, rope, cache=None, shared=None):
+        y, keys_values = self.attn(self.attn_norm(x), rope, cache, shared)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), keys_values if self.shares_kv else None
 
     def lam(self, x):
         """The factor of the second map, for an attention that has one."""
@@ -341,13 +358,16 @@ class GPT(nn.Module):
         """Run all layers: idx (B, T) int64 -> (B, T, C), which lm_head turns into logits.
 
         With a KVCache, the tokens are those at `positions` (T,). A single token sees what is in the cache before it;
-        several are the beginning of a text and see each other alone. Raises ValueError if T exceeds block_size.
+        several are the beginning of a text and see each other alone. Layers without keys and values read the last of
+        them alone then, and the output is (B, 1, C). Raises ValueError if T exceeds block_size.
         """
         rope = self.rope(idx.size(1)) if cache is None else (self.rope_cos[positions], self.rope_sin[positions])
-        caches = [None] * len(self.layers) if cache is None else cache.at(positions)
-        x = self.embed(idx)
-        for layer, layer_cache in zip(self.layers, caches):
-            x = layer(x, rope, layer_cache)
+        x, shared = self.embed(idx), None
+        for i, layer in enumerate(self.layers):
+            if cache is not None and i == self.config.n_kv_layers:
+                x, positions, rope = x[:, -1:], positions[-1:], [table[-1:] for table in rope]
+            x, keys_values = layer(x, rope, None if cache is None else cache.at(i, positions), shared)
+            shared = keys_values or shared
         return self.norm(x)
 
     def forward(self, idx, targets=None):
@@ -374,10 +394,11 @@ class GPT(nn.Module):
         if not hasattr(ATTENTION[self.config.attn], "lam"):
             return []
         means = []
-        rope, x = self.rope(idx.size(1)), self.embed(idx)
+        rope, x, shared = self.rope(idx.size(1)), self.embed(idx), None
         for layer in self.layers:
             means.append(layer.lam(x).float().mean().item())
-            x = layer(x, rope)
+            x, keys_values = layer(x, rope, None, shared)
+            shared = keys_values or shared
         return means
 
     def set_activation_checkpointing(self, enabled=True):

@@ -71,6 +71,7 @@ class Settings(CommonSettings):
     n_embd: int = flag(768, "width", minimum=1)
     n_head: int = flag(6, "heads, by --attn; n_head * head_dim is the width of the attention", minimum=1)
     n_kv_head: int = flag(0, "key and value heads; 0: as many as n_head", minimum=0)
+    n_kv_layers: int = flag(0, "layers with keys and values, which those above share; 0: all", minimum=0)
     head_dim: int = flag(128, "width of a head, by --attn", minimum=2)
     n_inner: int = flag(1664, "width of the SwiGLU, by --attn", minimum=1)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output layer")
@@ -95,7 +96,8 @@ PRESETS = {
 }  # fmt: skip
 
 # The part of a preset that depends on the attention, at equal parameters: V2 pays for the second half of its queries
-# with a narrower SwiGLU. An attention without a line of its own has vanilla's shape.
+# with a narrower SwiGLU. An attention without a line of its own has vanilla's shape. ldiff with n_kv_layers=6 has as many
+# parameters if n_inner is 256 more.
 SHAPES = {
     "ldiff": {
         "vanilla": dict(n_head=6, head_dim=128, n_inner=1920),

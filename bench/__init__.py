@@ -83,11 +83,17 @@ def preset_shape(preset, attn):
     return {**train.PRESETS[preset], **shapes.get(attn, shapes["vanilla"]), "attn": attn, "preset": preset}
 
 
-def model_config(attn, block_size, smoke, preset="ldiff", attn_impl="auto"):
-    """The GPTConfig of a preset's model, with GPT-2's vocabulary. In a smoke test, the tiny model with one of bytes."""
+def model_config(attn, block_size, smoke, preset="ldiff", attn_impl="auto", half_kv=False):
+    """The GPTConfig of a preset's model, with GPT-2's vocabulary. In a smoke test, the tiny model with one of bytes.
+
+    With half_kv, the upper half of its layers shares keys and values, and a wider SwiGLU keeps the parameters equal.
+    """
     settings = train.Settings(**preset_shape("tiny" if smoke else preset, attn))
     shape = {name: getattr(settings, name) for name in train.MODEL_FLAGS}
     shape |= dict(n_kv_head=settings.n_kv_head or settings.n_head, block_size=block_size, attn_impl=attn_impl)
+    if half_kv:
+        shape["n_kv_layers"] = settings.n_layer // 2
+        shape["n_inner"] += shape["n_kv_head"] * settings.head_dim // 3  # 2 matrices in half the layers, 3 in all
     return GPTConfig(**shape, vocab_size=pad_vocab(257 if smoke else GPT2_VOCAB))
 
 

@@ -31,13 +31,14 @@ LATE = 64  # last positions of a window, where the RMS of what attention reads i
 # Attention maps
 
 
-def differential_maps(module, x, rope, rows):
+def differential_maps(module, x, rope, rows, shared=None):
     """Compute the maps of an attention module that reads x (B, T, C) -> first, second, factor, at least float32.
 
     The maps are (B, H, R, S), for the queries at `rows`, a slice or a tensor of positions. The factor of the second map
-    is (B, H, R, 1). An attention with one map has None for the others.
+    is (B, H, R, 1). An attention with one map has None for the others. `shared` are the keys and values of a layer
+    below, for a module without its own.
     """
-    q, k, _, *logits = module.qkv(x, rope)  # V2 adds the logits of lambda
+    q, k, _, *logits = module.qkv(x, rope, shared)  # V2 adds the logits of lambda
     q, positions = q[:, rows], torch.arange(x.size(1), device=x.device)[rows]
     if not hasattr(module, "lam"):
         return causal_maps(q, k, positions), None, None
@@ -64,15 +65,16 @@ def layer_maps(model, idx, rows):
 
     `rows` are the positions of the queries.
     """
-    rope, x = model.rope(idx.size(1)), model.embed(idx)
+    rope, x, shared = model.rope(idx.size(1)), model.embed(idx), None
     for layer in model.layers:
         attn_input = layer.attn_norm(x)
-        first, second, factor = differential_maps(layer.attn, attn_input, rope, rows)
+        first, second, factor = differential_maps(layer.attn, attn_input, rope, rows, shared)
         maps = {"weights": first}
         if second is not None:
             maps = {"weights": first - factor * second, "first": first, "second": second}
-        yield maps, layer.attn.qkv(attn_input, rope)[2]
-        x = layer(x, rope)
+        yield maps, layer.attn.qkv(attn_input, rope, shared)[2]
+        x, keys_values = layer(x, rope, None, shared)
+        shared = keys_values or shared
 
 
 def share(weights, keys):

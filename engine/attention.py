@@ -38,10 +38,12 @@ def attention(q, k, v, softmax_scale=None, causal=False, impl="auto"):
 def causal_attention(q, k, v, cache=None, impl="auto"):
     """Attend causally among these tokens or, with a LayerCache (engine/generate.py), from one token to all before it.
 
-    q (B, T, H, D), k (B, T, K, D), v (B, T, G, Dv) -> (B, T, H, Dv). k and v are written to the cache.
+    q (B, T, H, D), k (B, T, K, D), v (B, T, G, Dv) -> (B, T, H, Dv). k and v are written to the cache, if they are not
+    there yet.
     """
     if cache is not None:
-        cache.k[:, cache.positions], cache.v[:, cache.positions] = k, v
+        if not cache.is_written:
+            cache.k[:, cache.positions], cache.v[:, cache.positions] = k, v
         if q.size(1) == 1:
             return decode_attention(q, cache.k, cache.v, cache.positions, impl)
     return attention(q, k, v, causal=True, impl=impl)

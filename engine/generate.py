@@ -34,30 +34,33 @@ def prepare_for_inference(model):
 class LayerCache(NamedTuple):
     """The cache of one layer: keys (B, S, K, D), values (B, S, G, Dv), with room for S tokens.
 
-    `positions` (T,) says where the keys and values of the tokens being read go.
+    `positions` (T,) says where the keys and values of the tokens being read go. `is_written`: a layer below, which
+    shares its cache with this one, has put them there.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     positions: torch.Tensor
+    is_written: bool
 
 
 class KVCache:
     """Keys and values of `batch_size` sequences of up to `length` tokens.
 
-    They take 2 * n_kv_head * head_dim numbers a token and layer, for every kind of attention.
+    They take 2 * n_kv_head * head_dim numbers for a token and each of n_kv_layers, for every kind of attention.
     """
 
     def __init__(self, model, batch_size, length, dtype, device):
         config, width = model.config, model.layers[0].attn.value_width
         k_shape = (batch_size, length, config.n_kv_head, config.head_dim)
         v_shape = (batch_size, length, config.n_kv_head // width, width * config.head_dim)
-        shapes = [(k_shape, v_shape)] * config.n_layer
+        shapes = [(k_shape, v_shape)] * config.n_kv_layers
         self.layers = [[torch.zeros(shape, dtype=dtype, device=device) for shape in pair] for pair in shapes]
 
-    def at(self, positions):
-        """Return every layer's LayerCache for tokens at these positions (T,)."""
-        return [LayerCache(k, v, positions) for k, v in self.layers]
+    def at(self, layer, positions):
+        """Return a layer's LayerCache for tokens at these positions (T,)."""
+        own = min(layer, len(self.layers) - 1)
+        return LayerCache(*self.layers[own], positions, is_written=layer > own)
 
 
 class Decoder:

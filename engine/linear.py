@@ -14,7 +14,7 @@ def fused_linear(x, *layers, in_training=True):
     """
     bases = [getattr(layer, "base", layer) for layer in layers]
     weight = getattr(bases[0], "fused_weight", None)
-    if weight is None and in_training and all(base.bias is None for base in bases):
+    if weight is None and in_training and len(bases) > 1 and all(base.bias is None for base in bases):
         weight = concatenate_weights(bases)
     if weight is None:
         outputs = [base(x) for base in bases]

@@ -31,16 +31,18 @@ def project(x, weight, width, theta=None):
     return [rotate(head, theta) for head in heads] if theta else list(heads)
 
 
-def vanilla(x, w, n_head, n_kv_head, D, theta, layer):
-    q, k, v = (project(x, w[n], D, t) for n, t in (("q_proj", theta), ("k_proj", theta), ("v_proj", None)))
+def vanilla(x, w, n_head, n_kv_head, D, theta, layer, kv_x=None):
+    """`kv_x` is read by k_proj and v_proj where these belong to a layer below."""
+    kv_x = x if kv_x is None else kv_x
+    q, k, v = project(x, w["q_proj"], D, theta), project(kv_x, w["k_proj"], D, theta), project(kv_x, w["v_proj"], D)
     group = n_head // n_kv_head
     out = [attention_map(q[h], k[h // group]) @ v[h // group] for h in range(n_head)]
     return torch.cat(out, dim=-1) @ w["o_proj"].T
 
 
-def v1(x, w, n_head, n_kv_head, D, theta, layer):
-    q, k = (project(x, w[n], D, theta) for n in ("q_proj", "k_proj"))
-    v = project(x, w["v_proj"], 2 * D)
+def v1(x, w, n_head, n_kv_head, D, theta, layer, kv_x=None):
+    kv_x = x if kv_x is None else kv_x
+    q, k, v = project(x, w["q_proj"], D, theta), project(kv_x, w["k_proj"], D, theta), project(kv_x, w["v_proj"], 2 * D)
     lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
     lam = (w["lambda_q1"] @ w["lambda_k1"]).exp() - (w["lambda_q2"] @ w["lambda_k2"]).exp() + lambda_init
     pairs, groups = n_head // 2, n_kv_head // 2
@@ -54,8 +56,9 @@ def v1(x, w, n_head, n_kv_head, D, theta, layer):
     return torch.cat(out, dim=-1) @ w["o_proj"].T
 
 
-def v2(x, w, n_head, n_kv_head, D, theta, layer):
-    q, k, v = (project(x, w[n], D, t) for n, t in (("q_proj", theta), ("k_proj", theta), ("v_proj", None)))
+def v2(x, w, n_head, n_kv_head, D, theta, layer, kv_x=None):
+    kv_x = x if kv_x is None else kv_x
+    q, k, v = project(x, w["q_proj"], D, theta), project(kv_x, w["k_proj"], D, theta), project(kv_x, w["v_proj"], D)
     lam = 1 / (1 + (-(x @ w["lambda_proj"].T)).exp())  # (B, T, n_head)
     group = 2 * n_head // n_kv_head
     out = []

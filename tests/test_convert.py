@@ -629,6 +629,8 @@ WRONG = [
     ("a name that is none", None, "import a/b/c/d out", "there is no folder a/b/c/d"),
     ("a file", None, "import vanilla.pt out", "there is no folder vanilla.pt"),
     ("export of V2", None, "export v2.pt out", "has no class for the attention v2; .*python -m bench.harness"),
+    ("export of shared keys", lambda home: save_model(home / "v1.pt", tiny_model("v1", vocab_size=320, n_kv_layers=2)),
+     EXPORT, "no class for layers that share keys and values"),
     ("export of heads that transformers refuses",
      lambda home: save_model(home / "v1.pt", tiny_model("vanilla", "grouped", vocab_size=320)), EXPORT, "multiple"),
     ("export of nothing", None, "export nosuch.pt out", "there is no checkpoint nosuch.pt"),

@@ -11,9 +11,9 @@ from model import ATTENTION
 IDX = torch.arange(24).view(2, 12)
 
 
-def adapted_model(attn="v2", rank=4, **options):
-    """With adapters that do something; B starts at zero."""
-    model = apply_lora(tiny_model(attn), rank, alpha=8, **options)
+def adapted_model(attn="v2", rank=4, changes={}, **options):  # noqa: B006
+    """With adapters that do something; B starts at zero. The model may have `changes`."""
+    model = apply_lora(tiny_model(attn, **changes), rank, alpha=8, **options)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -63,14 +63,15 @@ def test_disabled_equals_the_base_exactly(attn):
     assert torch.equal(model(IDX)[0], adapted)
 
 
+@pytest.mark.parametrize("changes", [{}, dict(n_kv_layers=1)])
 @pytest.mark.parametrize("attn", ATTENTION)
-def test_merged_equals_unmerged(attn):
-    model = adapted_model(attn)
+def test_merged_equals_unmerged(attn, changes):
+    model = adapted_model(attn, changes=changes)
     expected = model(IDX)[0]
     with torch.autocast("cpu", torch.bfloat16):  # which does not touch the sum
         merged = merge_lora(model)
     torch.testing.assert_close(merged(IDX)[0], expected, rtol=1e-4, atol=1e-4)
-    assert merged.state_dict().keys() == tiny_model(attn).state_dict().keys()
+    assert merged.state_dict().keys() == tiny_model(attn, **changes).state_dict().keys()
     assert all(parameter.requires_grad for parameter in merged.parameters())
 
 

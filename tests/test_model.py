@@ -42,7 +42,7 @@ def test_outputs_and_gradients_follow_the_equations(float64, attn, heads, impl):
     x_reference = x.detach().clone().requires_grad_()
 
     cos, sin = rope_table(config.block_size, config.head_dim, config.rope_theta)
-    ours = module(x, (cos[:T], sin[:T]))
+    ours, _ = module(x, (cos[:T], sin[:T]))
     args = (config.n_head, config.n_kv_head, config.head_dim, config.rope_theta, layer)
     reference = REFERENCE[attn](x_reference, weights, *args)
     torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
@@ -55,25 +55,36 @@ def test_outputs_and_gradients_follow_the_equations(float64, attn, heads, impl):
         torch.testing.assert_close(parameter.grad, weights[name.removesuffix(".weight")].grad, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("n_kv_layers", [0, 1, 2])
 @pytest.mark.parametrize("attn", ATTENTION)
-def test_whole_model_follows_the_equations(float64, attn):
-    """The block around the attention: x + attn(norm(x)), x + down(silu(gate) * up), norm, output layer."""
-    model = tiny_model(attn)
+def test_whole_model_follows_the_equations(float64, attn, n_kv_layers):
+    """The block around the attention: x + attn(norm(x)), x + down(silu(gate) * up), norm, output layer.
+
+    And keys and values that the layers from n_kv_layers on share, with what the last layer that makes them reads.
+    """
+    model = tiny_model(attn, n_kv_layers=n_kv_layers)
     config, p = model.config, dict(model.named_parameters())
     idx = torch.randint(64, (2, 9))
 
     def norm(x, name):
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p[name + ".weight"]
 
-    x = p["embed_tokens.weight"][idx]
+    x, weights = p["embed_tokens.weight"][idx], {}
     for i in range(config.n_layer):
-        weights = {n.split(".")[3]: w for n, w in p.items() if n.startswith(f"layers.{i}.attn.")}
+        weights |= {n.split(".")[3]: w for n, w in p.items() if n.startswith(f"layers.{i}.attn.")}
         args = (config.n_head, config.n_kv_head, config.head_dim, config.rope_theta, i)
-        x = x + REFERENCE[attn](norm(x, f"layers.{i}.attn_norm"), weights, *args)
+        read = norm(x, f"layers.{i}.attn_norm")
+        kv_x = read if i < (n_kv_layers or 3) else kv_x
+        x = x + REFERENCE[attn](read, weights, *args, kv_x)
         y = norm(x, f"layers.{i}.mlp_norm")
         gate, up = (y @ p[f"layers.{i}.mlp.{n}_proj.weight"].T for n in ("gate", "up"))
         x = x + (gate / (1 + (-gate).exp()) * up) @ p[f"layers.{i}.mlp.down_proj.weight"].T
-    torch.testing.assert_close(model(idx)[0], norm(x, "norm") @ p["lm_head.weight"].T, rtol=1e-10, atol=1e-10)
+    expected = norm(x, "norm") @ p["lm_head.weight"].T
+    torch.testing.assert_close(model(idx)[0], expected, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(expected)
+    ours = torch.autograd.grad(model(idx)[0], list(p.values()), upstream)
+    for a, b in zip(ours, torch.autograd.grad(expected, list(p.values()), upstream)):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("impl", ["naive", "sdpa"])
@@ -108,7 +119,7 @@ def test_lambdas_can_be_read_back():
         for layer in v2.layers:
             logits = layer.attn_norm(x) @ layer.attn.lambda_proj.weight.T
             expected.append(logits.sigmoid().mean().item())
-            x = layer(x, v2.rope(9))
+            x, _ = layer(x, v2.rope(9))
     assert v2.lambdas(idx) == pytest.approx(expected, rel=1e-5)
 
 

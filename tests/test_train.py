@@ -30,16 +30,18 @@ def test_defaults_are_the_recipe():
     assert GPTConfig().rope_theta == 10000 and GPTConfig().block_size == 2048
 
 
+@pytest.mark.parametrize("n_kv_layers", [12, 6])
 @pytest.mark.parametrize("attn, attention_products", [("vanilla", 2), ("v1", 3), ("v2", 4)])
-def test_parameters_and_flops_of_the_recipe(attn, attention_products):
+def test_parameters_and_flops_of_the_recipe(attn, attention_products, n_kv_layers):
     s, _ = train.choose_settings({"preset": "ldiff", "attn": attn})
+    s.n_inner += 256 if n_kv_layers == 6 else 0  # as train.py says beside SHAPES
     shape = {name: getattr(s, name) for name in ("n_layer", "n_embd", "n_head", "head_dim", "n_inner", "block_size")}
     with torch.device("meta"):
-        model = GPT(GPTConfig(attn=attn, n_kv_head=s.n_head, **shape))
+        model = GPT(GPTConfig(attn=attn, n_kv_head=s.n_head, n_kv_layers=n_kv_layers, **shape))
     assert model.num_params() / 1e6 == pytest.approx(158.7, abs=0.05)
     q = 2 if attn == "v2" else 1
-    per_layer = (q + 3) * 768**2 + 3 * 768 * s.n_inner + (768 * 6 if attn == "v2" else 0)
-    products = 12 * per_layer + 768 * 50304  # the embedding is looked up, not multiplied
+    per_layer = (q + 1) * 768**2 + 3 * 768 * s.n_inner + (768 * 6 if attn == "v2" else 0)
+    products = 12 * per_layer + n_kv_layers * 2 * 768**2 + 768 * 50304  # the embedding is looked up, not multiplied
     scores_and_values = 12 * attention_products * 768 * (2048 / 2)
     assert model.flops_per_token() == 6 * (products + scores_and_values)
 

@@ -39,6 +39,25 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass(float64, attn, heads
         torch.testing.assert_close(torch.cat(hidden, dim=1), expected)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("attn", ATTENTION)
+@torch.no_grad()
+def test_layers_with_shared_keys_read_the_last_token_of_a_prompt(float64, attn, heads):
+    """And decoding goes on as in the full forward pass."""
+    model, read = tiny_model(attn, heads, n_kv_layers=2), []
+    model.layers[2].register_forward_pre_hook(lambda layer, args: read.append(args[0].size(1)))
+    idx = torch.randint(64, (3, 20))
+    expected = model.hidden(idx)
+    for prompt in (1, 2, 7, 19):
+        cache = KVCache(model, 3, 20, torch.float64, "cpu")
+        assert len(cache.layers) == 2
+        read.clear()
+        hidden = [model.hidden(idx[:, :prompt], cache, torch.arange(prompt))]
+        hidden += [model.hidden(idx[:, t : t + 1], cache, torch.tensor([t])) for t in range(prompt, 20)]
+        assert read == [1] * len(hidden)
+        torch.testing.assert_close(torch.cat(hidden, dim=1), expected[:, prompt - 1 :])
+
+
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_every_cache_has_the_size_of_the_plain_one(attn):
     model = tiny_model(attn, "grouped")
@@ -50,8 +69,9 @@ def test_every_cache_has_the_size_of_the_plain_one(attn):
 # ------------------------------------------------------------------------------------- texts
 
 
-def test_greedy_generation_takes_the_likeliest_token():
-    model = tiny_model("v2")
+@pytest.mark.parametrize("n_kv_layers", [0, 1])
+def test_greedy_generation_takes_the_likeliest_token(n_kv_layers):
+    model = tiny_model("v2", n_kv_layers=n_kv_layers)
     idx = torch.randint(64, (2, 5))
     out = model.generate(idx, 40, temperature=0)  # beyond the context of 24
     assert out.shape == (2, 45) and torch.equal(out[:, :5], idx)

@@ -26,7 +26,7 @@ def no_programs():
 def test_a_compiled_model_has_the_same_loss_and_gradients(attn, monkeypatch):
     """Without code generation, for which not every machine has a compiler; whole, so that a graph break is an error."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    model, idx, gradients = tiny_model(attn, n_layer=1), torch.randint(64, (2, 16)), []
+    model, idx, gradients = tiny_model(attn, n_layer=2, n_kv_layers=1), torch.randint(64, (2, 16)), []
     for module in (model, compile_model(model)):
         module(idx, idx)[1].backward()
         gradients.append([p.grad.clone() for p in model.parameters()])

@@ -84,7 +84,8 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize(
-    "attn, flags", [("vanilla", ["--tie_embeddings"]), ("v1", ["--activation_checkpointing"]), ("v2", [])]
+    "attn, flags",
+    [("vanilla", ["--tie_embeddings"]), ("v1", ["--activation_checkpointing", "--n_kv_layers", 1]), ("v2", [])],
 )
 def test_losses_and_gradient_norms_are_those_of_one_process(home, tmp_path, attn, flags):
     flags = [*PRETRAIN, "--dataset", home / "set", "--attn", attn, "--max_steps", 20, "--eval_interval", 10, *flags]
@@ -269,9 +270,11 @@ def test_only_torchrun_makes_several_processes(tmp_path):
 # ------------------------------------------------------------------------------------- large models
 
 
+@pytest.mark.parametrize("n_kv_layers", [0, 2])
 @pytest.mark.parametrize("attn", ATTENTION)
-def test_activation_checkpointing_keeps_less_and_changes_nothing(attn):
-    config = GPTConfig(attn, 16, 64, n_layer=3, n_embd=32, n_head=2, n_kv_head=2, head_dim=16, n_inner=48)
+def test_activation_checkpointing_keeps_less_and_changes_nothing(attn, n_kv_layers):
+    shape = dict(n_layer=3, n_embd=32, n_head=2, n_kv_head=2, head_dim=16, n_inner=48, n_kv_layers=n_kv_layers)
+    config = GPTConfig(attn, 16, 64, **shape)
     torch.manual_seed(1)
     models, idx, results = [GPT(config)], torch.randint(64, (2, 16)), []
     models.append(copy.deepcopy(models[0]).set_activation_checkpointing())

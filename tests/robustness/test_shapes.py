@@ -21,7 +21,8 @@ def test_context_too_long_is_refused():
     "changes, message",
     [(dict(attn="v3"), "attn must be one of vanilla, v1, v2, not 'v3'"), (dict(attn_impl="fast"), "attn_impl"),
      (dict(n_head=6, n_kv_head=4), "multiple of n_kv_head"), (dict(attn="v1", n_head=3, n_kv_head=3), "even"),
-     (dict(head_dim=7), "even"), (dict(n_layer=0), "n_layer must be at least 1")],
+     (dict(head_dim=7), "even"), (dict(n_layer=0), "n_layer must be at least 1"),
+     (dict(n_kv_layers=13), "n_kv_layers 13 is more than n_layer 12"), (dict(n_kv_layers=-1), "at least 1")],
 )  # fmt: skip
 def test_impossible_shapes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
