@@ -238,7 +238,7 @@ def check_fit(checkpoint, config, encoding):
     if config.vocab_size < encoding.n_vocab:
         raise UserError(f"the checkpoint's vocabulary of {config.vocab_size} is smaller than its tokenizer's")
     for name, value in asdict(config).items():
-        saved = checkpoint["config"].get(name)
+        saved = checkpoint["config"].get(name, value)  # an older checkpoint lacks newer fields
         if name not in ("attn_impl", "block_size") and saved != value:  # no weight depends on these two
             raise UserError(f"the checkpoint's model has {name} {saved}, but the settings say {value}")
 

@@ -12,7 +12,7 @@ import torch
 from data.write import write_dataset
 from engine.checkpoint import BEST, NEWEST, PREVIOUS, load_checkpoint
 from engine.settings import UserError, explain
-from tests.robustness.helpers import equal, exit_code, fork, load, read_log, run
+from tests.robustness.helpers import STAGES, equal, exit_code, fork, load, read_log, run
 
 # ------------------------------------------------------------------------------------- damaged files
 
@@ -127,3 +127,17 @@ def test_a_folder_that_may_not_be_written_to(home, tmp_path, exists):
         folder.chmod(0o755)
     assert exit_code(fork(work, tmp_path / "output")) == 2
     assert (tmp_path / "output").read_text() == f"error: cannot write to {closed}: Permission denied\n"
+
+
+# ------------------------------------------------------------------------------------- older versions
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_that_is_older_than_a_setting_goes_on(home, tmp_path, stage):
+    out = run(home, stage, tmp_path / "run", "--max_steps", 8)
+    whole, older = load(out / NEWEST), load(out / PREVIOUS)
+    for part in ("config", "settings"):
+        older[part].pop("n_kv_layers", None)  # which was added later
+    torch.save(older, out / NEWEST)
+    run(home, stage, out, "--resume")
+    assert older["step"] == 4 and equal(load(out / NEWEST), whole)
