@@ -28,14 +28,10 @@ from pathlib import Path
 
 from engine.settings import Parser, UserError, explain, is_allowed, run_script  # before torch, for Ctrl-C; isort: skip
 import torch
-import torch.distributed as dist
 
 from engine import parallel
 from engine.device import rng_state, set_rng_state
 from engine.files import atomic_write, locked
-
-if dist.is_available():
-    import torch.distributed.checkpoint as dcp
 
 NEWEST, PREVIOUS, DAMAGED, BEST = "ckpt.pt", "ckpt-previous.pt", "ckpt-damaged.pt", "best.pt"
 RUN_FILES = ("log.csv", BEST, "adapter.pt", "lambdas.csv", DAMAGED, PREVIOUS, NEWEST)  # bench.runs has lambdas.csv
@@ -395,14 +391,14 @@ def sharded_tensors(model, optimizer):
 
 def save_parts(folder, model, optimizer):
     """Write the tensors of a sharded model and its optimizer into a folder. All processes must call it."""
-    with dcp_errors():
+    with distributed_checkpoint() as dcp:
         dcp.save(sharded_tensors(model, optimizer), checkpoint_id=folder)
 
 
 def load_parts(folder, model, optimizer):
     """Read what save_parts() wrote into a sharded model and its optimizer. All processes must call it."""
     init_optimizer_state(optimizer)
-    with dcp_errors():
+    with distributed_checkpoint() as dcp:
         dcp.load(sharded_tensors(model, optimizer), checkpoint_id=folder)
     if parallel.all_reduce_max(not all(parallel.full_tensor(p).isfinite().all() for p in model.parameters())):
         raise UserError("the checkpoint's weights are not all finite: that run diverged")
@@ -418,7 +414,7 @@ def resolve_parts(checkpoint, out_dir):
     if parallel.WORLD_SIZE > 1:
         return
     named = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in metadata.items()}
-    with dcp_errors(), warnings.catch_warnings(action="ignore"):  # that there is one process
+    with distributed_checkpoint() as dcp, warnings.catch_warnings(action="ignore"):  # that there is one process
         dcp.load(named, checkpoint_id=checkpoint.pop("parts"))
     for name, tensor in named.items():
         kind, name = name.split(".", 1)
@@ -466,10 +462,12 @@ def read_metadata(folder):
 
 
 @contextlib.contextmanager
-def dcp_errors():
-    """Reduce DCP's errors, which have the traces of all processes, to their first cause."""
+def distributed_checkpoint():
+    """Yield torch.distributed.checkpoint (DCP). Its errors, which have the traces of all processes, become one line."""
+    import torch.distributed.checkpoint as dcp  # here, because it takes a second or two
+
     try:
-        yield
+        yield dcp
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         reason = cause if isinstance(cause, OSError) else type(cause).__name__

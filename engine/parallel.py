@@ -20,10 +20,6 @@ import torch.distributed as dist
 from engine.graphs import compile_model
 from engine.settings import UserError
 
-if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
 # What torchrun tells each process. Clusters set the same names for other programs, so they count under torchrun alone.
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 numbers = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
@@ -82,7 +78,7 @@ def all_reduce_gradients(parameters):
     FSDP has summed those of sharded parameters in the backward pass.
     """
     for parameter in parameters if WORLD_SIZE > 1 else ():
-        if not isinstance(parameter, DTensor):
+        if not is_part(parameter):
             dist.all_reduce(parameter.grad)
 
 
@@ -159,6 +155,9 @@ def shard(build, device, compile=None):
     and so are embedding and head together, in bf16 on CUDA; what is kept, summed and optimized is float32. `compile` is
     applied to the forward() of each layer and of the last norm.
     """
+    # Here, and not at the top, because it takes a second or two, which a single process need not wait for
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     built = dict(named_tensors(build())) if RANK == 0 else {}
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # that weights loaded there have no effect
         model = build()
@@ -191,8 +190,8 @@ def scatter(value, tensor):
     """Copy process 0's tensor `value` into `tensor` on all processes, into each its part if that is sharded."""
     like = dict(device=tensor.device, dtype=tensor.dtype)
     source = torch.empty(tensor.shape, **like) if RANK else value.detach().to(**like)
-    if isinstance(tensor, DTensor):
-        tensor.copy_(distribute_tensor(source, tensor.device_mesh, tensor.placements))
+    if is_part(tensor):
+        tensor.copy_(dist.tensor.distribute_tensor(source, tensor.device_mesh, tensor.placements))
     else:
         dist.broadcast(source, 0)
         tensor.copy_(source)
@@ -220,12 +219,23 @@ def sync_grads_on_last_micro_batch(model, settings):
 
 def is_sharded(model):
     """Return True if each process has a part of the model's parameters only."""
-    return WORLD_SIZE > 1 and isinstance(model, FSDPModule)  # its parameters may be gathered at the moment
+    if WORLD_SIZE == 1:
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)  # its parameters may be gathered at the moment
+
+
+def is_part(tensor):
+    """Return True if each process has a part of the tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def full_tensor(tensor):
     """Return the whole of a tensor that may be sharded. All processes must call it."""
-    return tensor.full_tensor() if WORLD_SIZE > 1 and isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if WORLD_SIZE > 1 and is_part(tensor) else tensor
 
 
 def gather(tensors):

@@ -10,6 +10,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.distributed.checkpoint  # these two here, so that copies of this process need not import them
+import torch.distributed.fsdp
 
 import dpo
 import sft
