@@ -1,8 +1,8 @@
 """Benchmarks: `python -m bench.NAME` prints a table and writes it to out/bench/NAME.json.
 
 NAME is attention, pretrain, finetune, decode or table2. `--smoke` tries it on any machine. bench.runs trains the models
-of docs/results.md, bench.probes measures them, and bench.figures draws them. bench.harness scores a model in the tasks
-of lm_eval. bench.plot draws the logs of any runs.
+of docs/results.md, bench.probes and bench.retrieval measure them, and bench.figures draws them. bench.harness scores a
+model in the tasks of lm_eval. bench.plot draws the logs of any runs.
 
 A time is the median over runs of the median over calls, after a warm-up. CUDA events measure it on a GPU, the clock
 elsewhere.

@@ -2,29 +2,42 @@
 
 python -m bench.figures                      # from the logs and measurements in docs/runs, which need no GPU
 python -m bench.figures --only curves rates  # what the runs of these two groups show
-python -m bench.figures --logs out/mylogs    # everything anew
+python -m bench.figures --only large design  # groups of bench.evidence, which are drawn on request alone
+python -m bench.figures --logs out/mylogs    # the runs of the other groups anew
 
 The tables are printed as Markdown, and the pictures written to docs/.
 """
 
-import csv
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
+from PIL import Image  # which matplotlib needs
 
-from bench.runs import KINDS, LEARNING_RATES, add_flags, log_path, parse_runs, train_missing
-from engine.settings import Parser, UserError, fail, run_script
+from bench import evidence
+from bench.logs import (
+    COLORS,
+    MEMORY,
+    SPIKE,
+    gaps,
+    held_out_at,
+    legend_above,
+    mean_std,
+    norm_row,
+    plt,
+    print_table,
+    read_json,
+    read_log,
+    read_probes,
+    read_seeds,
+    save,
+    smooth,
+    spikes,
+    stability_row,
+)
+from bench.runs import KINDS, LEARNING_RATES, add_flags, parse_runs, train_missing
+from engine.settings import Parser, run_script
 
-try:
-    import matplotlib.pyplot as plt
-    from PIL import Image  # which matplotlib needs
-except ImportError:
-    fail("the pictures need matplotlib: pip install -r requirements-dev.txt")
-plt.switch_backend("Agg")
-
-COLORS = {"vanilla": "tab:gray", "v1": "tab:orange", "v2": "tab:blue", "vanilla-bare": "black", "v1-bare": "tab:red"}
 NAMES = {
     "vanilla-bare": "(a) plain Transformer, nothing else", "v1-bare": "(b) V1 without the methods",
     "v1": "(c) V1", "v2": "(c) V2", "vanilla": "(d) plain Transformer",
@@ -37,53 +50,7 @@ SMOLLM2_LINES = {  # of the runs of smollm2, in a picture; the wide ones are bel
     "v2-noise-6e-4": dict(label="V2 with noise, 6e-4", color="black", linewidth=1.2, linestyle=":"),
 }
 EARLY = (200, 1000)  # steps over which the early loss is averaged
-SPIKE, MEMORY = 10, 100  # a spike is a gradient norm above SPIKE times the median of the MEMORY steps before
 GAP_STEPS = (100, 250, 500, 1000)  # at which a table compares V2 made from SmolLM2 with SmolLM2
-
-
-# ---------------------------------------------------------------------------------------------------
-# Reading logs
-
-
-def read_log(logs, name):
-    """Read a finished run's log -> {column: (steps,)}, NaN where it is empty; `lambdas` is (steps, layers)."""
-    path = log_path(logs, name)
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "lambdas" not in rows[0]:
-        raise UserError(f"{path} is no log of bench.runs; without it, the run is made again")
-    log = {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0] if key != "lambdas"}
-    layers = max(len(row["lambdas"].split()) for row in rows)
-    empty = [float("nan")] * layers
-    log["lambdas"] = np.array([list(map(float, row["lambdas"].split())) or empty for row in rows])
-    return log
-
-
-def read_seeds(logs, runs, prefix):
-    """Read the logs of all seeds of a run, whose names are the prefix and a number."""
-    names = [name for name in runs if name.startswith(prefix) and name.removeprefix(prefix).isdecimal()]
-    return [read_log(logs, name) for name in names]
-
-
-def smooth(values, width=20):
-    """The moving average over `width` steps."""
-    width = min(width, len(values) // 4 or 1)
-    return np.convolve(values, np.ones(width) / width, mode="valid")
-
-
-def mean_std(values, digits=3):
-    """The mean and standard deviation of a few numbers, as text."""
-    if not np.isfinite(values).all():
-        return "diverged"
-    text = f"{np.mean(values):.{digits}f}"
-    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
-
-
-def print_table(title, rows):
-    """Print a list of {column: text} as Markdown."""
-    print(f"\n{title}\n\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-    for row in rows:
-        print("| " + " | ".join(map(str, row.values())) + " |")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -123,13 +90,6 @@ def early_rows(kinds):
                 row[f"to {steps}, against ({letter})"] = f"{change:+.1%}"
         rows.append(row)
     return rows
-
-
-def norm_row(name, seeds):
-    """The spikes, and the highest norm after step 200, where the warmup ends."""
-    count = ", ".join(str(len(spikes(log["grad_norm"]))) for log in seeds)
-    highest = ", ".join(f"{np.nanmax(log['grad_norm'][200:], initial=0):.1f}" for log in seeds)
-    return {"run": name, "spikes": count, "highest after the warmup": highest}
 
 
 def tuning(logs, runs, folder):
@@ -192,27 +152,6 @@ def held_out_rows(logs, runs, group, choose):
     return rows
 
 
-def spikes(norms):
-    """The indices of gradient norms above SPIKE times the median of the MEMORY steps before. Only finite ones count."""
-    norms = np.where(np.isfinite(norms), norms, np.nan)
-    return [i for i in range(1, len(norms)) if norms[i] > SPIKE * np.nanmedian(norms[max(0, i - MEMORY) : i])]
-
-
-def stability_row(log, settings):
-    norms, last = log["grad_norm"], len(log["step"])
-    later = norms[settings.warmup_steps :]
-    diverged = last < settings.max_steps or not np.isfinite(log["val_loss"][-1])
-    return {
-        "spikes": len(spikes(norms)),
-        "skipped steps": int((~np.isfinite(norms)).sum()),
-        "highest norm": f"{np.nanmax(norms):.2f}",
-        "after the warmup": f"{np.nanmax(later):.2f}" if len(later) else "",
-        "loss, last 50 steps": f"{np.nanmean(log['loss'][-50:]):.3f}",
-        "held-out": f"{log['val_loss'][-1]:.3f}",
-        "diverged": f"step {last}" if diverged else "no",
-    }
-
-
 def stability(logs, runs, folder):
     figure, axes = plt.subplots(len(LEARNING_RATES), len(KINDS), figsize=(13, 7), sharex=True, sharey=True)
     rows = []
@@ -250,15 +189,8 @@ def lambdas(logs, runs, folder):
 # Inside the models: where their heads look, and how loud what they read is (bench.probes)
 
 
-def read_probes(logs, runs):
-    """Read what bench.probes measured -> {attn: [one for each seed]}."""
-    names = [name for name in runs if name.startswith("corpus/")]
-    found = [json.loads(log_path(logs, name).with_suffix(".json").read_text(encoding="utf-8")) for name in names]
-    return {attn: [probe for probe in found if probe["attn"] == attn] for attn in KINDS}
-
-
 def inside(logs, runs, folder):
-    probes = read_probes(logs, runs)
+    probes = read_probes(logs, runs, "corpus")
     figure, axes = plt.subplots(2, 2, figsize=(11, 8.4))
     axes = axes.flatten()
     for attn, seeds in probes.items():
@@ -344,7 +276,7 @@ def maps(logs, runs, folder):
     """Draw both maps and their difference for one sentence, of two heads each of V1 and V2."""
     heads = [
         (attn, head, seeds[0]["sentence"]["tokens"])
-        for attn, seeds in read_probes(logs, runs).items()
+        for attn, seeds in read_probes(logs, runs, "corpus").items()
         for head in seeds[0]["sentence"]["heads"][:2]
     ]
     figure, axes = plt.subplots(len(heads), 3, figsize=(12, 4 * len(heads)))
@@ -352,7 +284,8 @@ def maps(logs, runs, folder):
         kinds = ("first", "second", "difference")
         for axis, kind in zip(row, kinds):
             values = np.array(head[kind])
-            axis.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+            image = axis.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+            figure.colorbar(image, ax=axis, label="attention weight", fraction=0.046, pad=0.02)
             axis.set(xticks=range(len(tokens)), yticks=range(len(tokens)), xlabel="key", ylabel="query")
             axis.set_xticklabels(tokens, rotation=90, fontsize=6)
             axis.set_yticklabels(tokens, fontsize=6)
@@ -404,9 +337,7 @@ def smollm2(logs, runs, folder):
     rows = []
     for name, log in found.items():
         if name.startswith("v2"):
-            path = log_path(logs, f"smollm2/{name}").with_suffix(".json")
-            distances = json.loads(path.read_text(encoding="utf-8"))["query_distances"]
-            rows.append({"run": labels[name]} | lambda_row(log, distances))
+            rows.append({"run": labels[name]} | lambda_row(log, read_json(logs, f"smollm2/{name}")["query_distances"]))
     print_table("Lambda and the distance of the query heads there: mean over layers (lowest to highest)", rows)
 
 
@@ -416,20 +347,6 @@ def continued_row(log, tokens):
     speed = np.nanmedian(log["tokens_per_s"])
     row = {f"held-out loss, {name}": f"{value:.4f}" for name, value in losses.items()}
     return row | {"ms a step": f"{1000 * tokens / speed:.1f}", "thousand tokens/s": f"{speed / 1000:.1f}"}
-
-
-def held_out_at(log, steps):
-    """The held-out loss after some steps, interpolated between validations. NaN after the end of the run."""
-    measured = ~np.isnan(log["val_loss"])
-    return np.interp(steps, log["step"][measured], log["val_loss"][measured], right=np.nan)
-
-
-def gaps(log, plain, steps):
-    """The held-out loss of a run minus plain's after some steps of plain -> at equal steps, at equal time."""
-    # A step has as many tokens in both. The median is a speed without the compilation in the first step.
-    speed, plain_speed = np.nanmedian(log["tokens_per_s"]), np.nanmedian(plain["tokens_per_s"])
-    meanwhile = np.array(steps) * speed / plain_speed  # the run's steps in the time of plain's
-    return held_out_at(log, steps) - held_out_at(plain, steps), held_out_at(log, meanwhile) - held_out_at(plain, steps)
 
 
 def gap_rows(plain, v2, noisy):
@@ -464,25 +381,13 @@ def smollm2_tuning(logs, runs, folder):
     print_table("SmolLM2-135M as DIFF V2, fine-tuned", rows)
 
 
-def legend_above(axis):
-    """Put the legend above the picture, where it hides no data."""
-    axis.set_title(axis.get_title(), pad=44)
-    axis.legend(fontsize=7, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
-
-
-def save(figure, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 FIGURES = {  # by group of runs
     "curves": (curves, wikitext2),
     "corpus": (corpus, lambdas, inside, maps),
     "rates": (stability,),
     "tuning": (tuning,),
     "smollm2": (smollm2, smollm2_tuning),
+    **evidence.FIGURES,
 }
 
 
@@ -490,11 +395,13 @@ def main():
     parser = Parser(__doc__, prog="python -m bench.figures")
     add_flags(parser)
     parser.add_argument("--pictures", default="docs", help="folder for the pictures (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", default=list(FIGURES), choices=list(FIGURES), help="groups of runs")
+    parser.add_argument("--only", nargs="+", choices=list(FIGURES), help="groups of runs (default: those with logs)")
     arguments, runs = parse_runs(parser)
+    # Without their logs, the groups of bench.evidence would be trained here, which takes hours.
+    groups = arguments.only or [group for group in FIGURES if arguments.smoke or group not in evidence.FIGURES]
     folder = Path(arguments.out if arguments.smoke else arguments.pictures)
-    train_missing({name: plan for name, plan in runs.items() if name.split("/")[0] in arguments.only}, arguments)
-    for draw in itertools.chain.from_iterable(FIGURES[group] for group in arguments.only):
+    train_missing({name: plan for name, plan in runs.items() if name.split("/")[0] in groups}, arguments)
+    for draw in itertools.chain.from_iterable(FIGURES[group] for group in groups):
         draw(arguments.logs, runs, folder)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.figures import plt, print_table, save, smooth
+from bench.logs import plt, print_table, save, smooth
 from engine.settings import Parser, UserError, run_script
 
 PANELS = {  # column of log.csv -> title; speeds are per_s columns

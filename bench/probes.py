@@ -1,4 +1,4 @@
-"""What differential attention does inside a trained model: where its heads look, and how loud what they read is.
+"""What differential attention does inside a trained model: where its heads look, and how loud its activations are.
 
 probe() measures a model on held-out text, and sentence_maps() reads the maps of one sentence. bench/figures.py draws
 both. There are up to three kinds of weights:
@@ -21,7 +21,15 @@ from engine.device import autocast
 from engine.loss import token_cross_entropy
 from model import at_least_float32
 
-CITIES = ("Athens", "Berlin", "Boston", "Cairo", "Delhi", "Lima", "London", "Oslo", "Paris", "Rome", "Tokyo", "Vienna")
+CITIES = (
+    "Accra", "Aleppo", "Amman", "Ankara", "Athens", "Bergen", "Berlin", "Bogota", "Boston", "Bremen", "Brno",
+    "Busan", "Cairo", "Cork", "Dakar", "Dallas", "Delhi", "Denver", "Dhaka", "Doha", "Dubai", "Dublin", "Durban",
+    "Essen", "Geneva", "Genoa", "Ghent", "Graz", "Hanoi", "Harare", "Havana", "Izmir", "Jaipur", "Kabul", "Kano",
+    "Kobe", "Krakow", "Kyiv", "Kyoto", "Lagos", "Leeds", "Leon", "Lima", "Lisbon", "London", "Lyon", "Madrid",
+    "Malaga", "Manila", "Miami", "Milan", "Minsk", "Mumbai", "Munich", "Nantes", "Naples", "Osaka", "Oslo",
+    "Ottawa", "Oxford", "Paris", "Perth", "Porto", "Prague", "Pune", "Quito", "Rabat", "Riga", "Rome", "Seoul",
+    "Sofia", "Sydney", "Tokyo", "Tunis", "Turin", "Venice", "Vienna", "Warsaw", "Zagreb", "Zurich",
+)  # fmt: skip
 QUESTION = " The magic number of {} is"  # a needle goes on with " 1234567."
 NEEDLES = ((6, 7), (4, 7), (4, 5), (2, 3))  # (needles in a text, digits of their numbers); the first that fits is used
 PARTS = ("answer", "others", "first_token", "rest")  # of a text; others: the numbers of the other needles
@@ -91,28 +99,38 @@ def share(weights, keys):
 # Needles: one of several facts has to be found in a long text (arXiv 2410.05258, section 3.4)
 
 
-def needle_texts(encoding, tokens, length, texts, seed=1):
+def needle_texts(encoding, tokens, length, texts, seed=1, size=None, cities=CITIES):
     """Hide needles in texts of held-out `tokens`, and end each text with the question for one of them.
 
-    -> ids (texts, length) int64, and for each text the (start, stop) of every needle's number, beginning with the one
-    that is asked for. Raises ValueError if they do not fit.
+    `size` is the number of needles and their digits; without it, needle_size(). -> ids (texts, length) int64, and for
+    each text the (start, stop) of every needle's number, beginning with the one that is asked for. Raises ValueError if
+    they do not fit.
     """
     encode, rng = encoding.encode_ordinary, np.random.default_rng((seed, 2))
-    count, digits = needle_size(encode, length)
+    count, digits = size or needle_size(encode, length)
     if len(tokens) <= length:
         raise ValueError(f"{len(tokens)} tokens are too few to cut texts of {length} from")
     filler = sample_batch(tokens, length, texts, seed, step=1)[0].tolist()
-    ids, spans = zip(*(hide_needles(rng, encode, text, draw_numbers(rng, encode, count, digits)) for text in filler))
+    numbers = draw_numbers(rng, encode, texts * count, digits)
+    hidden = [
+        hide_needles(rng, encode, text, numbers[i * count : (i + 1) * count], cities) for i, text in enumerate(filler)
+    ]
+    ids, spans = zip(*hidden)
     return torch.tensor(ids), spans
 
 
 def needle_size(encode, length):
-    """The number of needles, and their digits. At their longest, they and the question take up to 7/8 of the length."""
-    question = max(len(encode(QUESTION.format(city))) for city in CITIES)
+    """The number of needles, and their digits: the first of NEEDLES that fit."""
     for count, digits in NEEDLES:
-        if count * (question + digits + 2) + question <= 7 / 8 * length:  # a space and a period
+        if needles_fit(encode, length, count, digits):
             return count, digits
     raise ValueError(f"{length} tokens have no room for needles")
+
+
+def needles_fit(encode, length, count, digits):
+    """Return whether needles and the question, at their longest, take up to 7/8 of the length."""
+    question = max(len(encode(QUESTION.format(city))) for city in CITIES)
+    return count * (question + digits + 2) + question <= 7 / 8 * length  # a space and a period
 
 
 def draw_numbers(rng, encode, count, digits):
@@ -126,12 +144,12 @@ def draw_numbers(rng, encode, count, digits):
     return [number for number in numbers if len(number) == width][:count]
 
 
-def hide_needles(rng, encode, filler, numbers):
+def hide_needles(rng, encode, filler, numbers, cities):
     """Hide needles in `filler`, whose end gives way to them -> ids and spans of one text, as in needle_texts().
 
     The pieces are encoded one by one. So the spans are exact, and the question has the same ids as the needle.
     """
-    questions = [encode(QUESTION.format(city)) for city in rng.choice(CITIES, len(numbers), replace=False)]
+    questions = [encode(QUESTION.format(city)) for city in rng.choice(cities, len(numbers), replace=False)]
     needles = [question + number + encode(".") for question, number in zip(questions, numbers)]
     asked = rng.integers(len(needles))
     room = len(filler) - len(questions[asked]) - sum(map(len, needles))
@@ -239,6 +257,54 @@ def summarize_windows(windows):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Outliers: few entries that are much larger than the others
+
+
+def activation_moments(model, ids):
+    """Run the model on a window ids (T,) -> {kind: (n_layer, 6)} in float64.
+
+    Kinds are "residual", the residual stream after the layer, "attention", what its attention adds to the stream, and
+    "heads", what o_proj reads. Of all T * width entries, the six numbers are the largest absolute value, the count, and
+    the sums of the first four powers.
+    """
+    moments = defaultdict(list)
+
+    def add(kind, x):
+        x = x.double()
+        moments[kind].append(torch.stack([x.abs().amax(), *((x**power).sum() for power in range(5))]))
+
+    readers = [*(layer.attn_norm for layer in model.layers[1:]), model.norm]  # of the stream after each layer
+    hooks = [norm.register_forward_pre_hook(lambda _, args: add("residual", args[0])) for norm in readers]
+    for layer in model.layers:
+        o_proj = layer.attn.o_proj
+        hooks.append(o_proj.register_forward_hook(lambda _, args, output: add("attention", output)))
+        hooks.append(o_proj.register_forward_pre_hook(lambda _, args: add("heads", args[0])))
+    try:
+        model.hidden(ids[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {kind: torch.stack(layers) for kind, layers in moments.items()}
+
+
+def summarize_moments(windows):
+    """Summarize activation_moments() of many windows -> {kind: {"largest": list by layer, "kurtosis": ...}}.
+
+    The kurtosis is the fourth standardized moment mean((x - mean)^4) / variance^2 over the entries of all windows: 3
+    for a normal distribution, higher with outliers.
+    """
+    summary = {}
+    for kind in windows[0]:
+        moments = torch.stack([window[kind] for window in windows])  # (windows, n_layer, 6)
+        count, *sums = moments[..., 1:].sum(0).unbind(-1)
+        mean, second, third, fourth = (total / count for total in sums)
+        central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
+        kurtosis = central / (second - mean**2).square()
+        summary[kind] = dict(largest=moments[..., 0].amax(0).tolist(), kurtosis=kurtosis.tolist())
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------------
 # What figures are drawn from
 
 
@@ -257,11 +323,12 @@ def probe(model, encoding, tokens, length, texts, seed=1):
         shares = [needle_shares(model, *text) for text in zip(ids.to(device), spans)]
         scores = torch.stack([number_scores(model, *text) for text in zip(ids.to(device), spans)])
         sink, norms = summarize_windows([window_measures(model, window) for window in windows.to(device)])
+        outliers = summarize_moments([activation_moments(model, window) for window in windows.to(device)])
     answer_tokens = statistics.mean(stop - start for (start, stop), *_ in spans)
     return dict(
         attn=model.config.attn, length=length, texts=texts, seed=seed, answer_tokens=answer_tokens,
         needle=summarize_shares(shares), retrieval=summarize_scores(scores), sink=sink,
-        context_rms={"bound": length**-0.5, **norms},
+        context_rms={"bound": length**-0.5, **norms}, outliers=outliers,
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ python -m bench.runs --list                   # their names
 An interrupted run goes on from its checkpoint in out/runs. Several processes share the runs among them, on one GPU or
 each on its own (CUDA_VISIBLE_DEVICES). --corpus names a data set of your own for the longer runs; docs/results.md says
 what it was. The tuning runs start from the models of other runs, which have to be finished. The smollm2 runs start from
-SmolLM2-135M-Instruct in out/smollm2 and out/smollm2-v2, which convert.py writes; their data sets end in -smollm2.
+SmolLM2-135M-Instruct in out/smollm2 and out/smollm2-v2, which convert.py writes; their data sets end in -smollm2. The
+runs fair, large, stable, design and retrieval read data/large.
 """
 
 import contextlib
@@ -29,7 +30,9 @@ import dpo
 import sft
 import train
 from bench import reset_memory
+from bench.designs import DESIGNS
 from bench.probes import probe, sentence_maps
+from bench.retrieval import Retrieval
 from data.tokenizer import IM_END, IM_START
 from engine import parallel
 from engine.checkpoint import (
@@ -44,15 +47,22 @@ from engine.checkpoint import (
     run_folder,
 )
 from engine.device import autocast, choose_device
-from engine.files import FolderInUse, atomic_write
+from engine.files import FolderInUse, atomic_write, locked
 from engine.log import Diverged, Log
 from engine.settings import Parser, UserError, run_script
+from model import ATTENTION
 
 SENTENCE = "The dog that chased the cat up the tree sat down under the tree, and the cat looked down at the dog."
 COLUMNS = ("step", "loss", "grad_norm", "accuracy", "margin", "val_loss", "val_accuracy", "val_margin")  # of a kept log
 KINDS = ("vanilla", "v1", "v2")  # a fork's own attention has no place in the report's figures
 LEARNING_RATES = (6e-4, 2e-3, 6e-3)
+FAIR_RATES = (3e-4, 6e-4, 1.2e-3)
+BEST_RATE = {"vanilla": 6e-4, "v1": 6e-4, "v2": 6e-4}  # of FAIR_RATES, by the held-out loss of the runs `fair`
 SMOLLM2 = {"vanilla": "out/smollm2/best.pt", "v2": "out/smollm2-v2/best.pt"}
+SMOKE = (  # runs of a smoke test: of each group the first seed, or less, and what others start from
+    "curves/*-1", "corpus/*-1", "corpus/v2-2", "rates/*", "tuning/*", "smollm2/*",
+    "fair/v2-0.0006", "large/*-1", "stable/v2-1", "design/v2-1", "design/norm-1", "retrieval/v2-1-*",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -97,7 +107,7 @@ class PlannedRun:
     bare: bool = False  # without the methods
     after: str = ""  # name of the run whose best.pt it starts from
     keep_best: bool = False  # keep its own best.pt, from which another run starts
-    probe_texts: int = 0  # texts on which bench.probes measures the trained model
+    probe_texts: int = 0  # texts on which bench.probes, or the task itself, measures the trained model
     noise: float = 0.0  # in the second query heads at the start, in units of the RMS of their weights
     full_log: bool = False  # the kept log has the validation before the first step, and the speed
 
@@ -107,11 +117,21 @@ SHORT = dict(batch_size=8, micro_batch_size=8, max_steps=1000, eval_interval=50,
 LONG = dict(batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=250, save_interval=500)
 CONTINUED = dict(batch_size=16, micro_batch_size=16, max_steps=1000, eval_interval=50, save_interval=500)
 CONTINUED |= dict(warmup_steps=100)
+# The runs on data/large. Validations are so frequent that the loss can be interpolated between them.
+EPOCH = LONG | dict(dataset="large", eval_interval=50)  # as many tokens as data/large has, drawn at random
+THIRD = EPOCH | dict(max_steps=500, eval_interval=100)
+SMALL = dict(n_layer=8, n_embd=384, n_head=6, n_kv_head=3, head_dim=64, n_inner=896, tie_embeddings=True)  # 32.3M
+SMALL |= dict(dataset="large", block_size=512, batch_size=32, micro_batch_size=32, eval_interval=100, eval_windows=256)
+TUNED = {  # by context: half of a step's sequences are needle texts
+    512: dict(batch_size=32, micro_batch_size=16, max_steps=2000),
+    2048: dict(batch_size=16, micro_batch_size=8, max_steps=1000),
+}
 
 
-def pretraining(attn, bare=False, keep_best=False, probe_texts=0, **settings):
+def pretraining(attn, bare=False, keep_best=False, probe_texts=0, full_log=False, **settings):
     settings = train.Settings(**train.SHAPES["ldiff"][attn], preset="ldiff", attn=attn, **settings)
-    return PlannedRun(train.Pretraining, settings, bare=bare, keep_best=keep_best, probe_texts=probe_texts)
+    kept = dict(keep_best=keep_best, probe_texts=probe_texts, full_log=full_log)
+    return PlannedRun(train.Pretraining, settings, bare=bare, **kept)
 
 
 def planned_runs(corpus, out):
@@ -143,16 +163,46 @@ def planned_runs(corpus, out):
     runs["smollm2/sft"] = PlannedRun(sft.SFT, settings, keep_best=True, full_log=True)
     tuned |= dict(init_from=f"{out}/smollm2/sft/best.pt", dataset="orca_dpo_pairs-smollm2", max_steps=100)
     runs["smollm2/dpo"] = PlannedRun(dpo.DPO, dpo.Settings(**tuned), after="smollm2/sft", keep_best=True, full_log=True)
+
+    for attn, rate in itertools.product(KINDS, FAIR_RATES):
+        runs[f"fair/{attn}-{rate:g}"] = pretraining(attn, full_log=True, learning_rate=rate, **THIRD)
+    for seed, attn in itertools.product((1, 2, 3, 4, 5), KINDS):
+        kept = dict(keep_best=seed <= 3, probe_texts=64, full_log=True)  # retrieval starts from three seeds
+        runs[f"large/{attn}-{seed}"] = pretraining(attn, **kept, seed=seed, learning_rate=BEST_RATE[attn], **EPOCH)
+    for seed in (1, 2):  # V1's authors keep the width of a head, and halve the number
+        settings = replace(runs[f"large/v1-{seed}"].settings, n_head=6, head_dim=128)
+        runs[f"large/v1-wide-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
+        settings = replace(runs[f"large/v2-{seed}"].settings, n_kv_layers=6, n_inner=1920)  # at equal parameters
+        runs[f"large/v2-half-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
+    for seed, attn in itertools.product((1, 2, 3), KINDS):
+        runs[f"stable/{attn}-{seed}"] = pretraining(attn, full_log=True, seed=seed, learning_rate=2e-3, **THIRD)
+    for seed, attn in itertools.product((1, 2, 3), ("v2", "vanilla", *DESIGNS)):
+        shape = SMALL | dict(n_inner=1024) if attn == "vanilla" else SMALL  # 32.3M, too
+        settings = train.Settings(preset="ldiff", attn=attn, seed=seed, **shape)
+        runs[f"design/{attn}-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
+    for seed, length, attn in itertools.product((1, 2, 3), TUNED, KINDS):
+        name, after = f"retrieval/{attn}-{seed}", f"large/{attn}-{seed}"
+        if length == 2048:
+            after = f"{name}-512"
+        settings = dict(preset="ldiff", attn=attn, init_from=f"{out}/{after}/best.pt", dataset="large", seed=seed)
+        settings |= dict(learning_rate=3e-4, warmup_steps=100, eval_interval=100, eval_windows=256)
+        settings = train.Settings(**settings, block_size=length, **TUNED[length])
+        kept = dict(keep_best=length == 512, probe_texts=512, full_log=True)
+        runs[f"{name}-{length}"] = PlannedRun(Retrieval, settings, after=after, **kept)
     return runs
 
 
 def shrink(plan):
     """The same run with a tiny model and few steps: a few seconds on any machine."""
-    small = dict(preset="tiny", dataset="tiny", batch_size=2, micro_batch_size=2, max_steps=4, eval_interval=2)
-    small |= dict(warmup_steps=1)
+    micro_batches = plan.settings.batch_size // plan.settings.micro_batch_size
+    small = dict(preset="tiny", dataset="tiny", batch_size=2, micro_batch_size=2 // micro_batches, max_steps=4)
+    small |= dict(eval_interval=2, warmup_steps=1)
     if isinstance(plan.settings, train.Settings):
-        small |= {**train.SHAPES["tiny"][plan.settings.attn], "block_size": 256, "n_layer": 4, "n_embd": 192}
-        small |= dict(eval_windows=2, init_from="")
+        shapes = train.SHAPES["tiny"]
+        small |= {**shapes.get(plan.settings.attn, shapes["v2"]), "block_size": 256, "n_layer": 4, "n_embd": 192}
+        small |= dict(eval_windows=2, n_kv_layers=min(2, plan.settings.n_kv_layers))
+        if not plan.after:  # SmolLM2 itself is too large
+            small |= dict(init_from="")
     else:
         small |= dict(eval_examples=4)
     return replace(plan, settings=replace(plan.settings, **small), probe_texts=min(plan.probe_texts, 2))
@@ -188,16 +238,18 @@ def query_distances(model):
     return [((q[:, 0] - q[:, 1]).norm() / (q.norm() / math.sqrt(2))).item() for q in pairs]
 
 
+@mock.patch.dict(ATTENTION, DESIGNS)
 def train_run(plan, folder, log, device):
     """Train a run in `folder`, which is locked, or resume it. Writes `log`, what is kept of its log.csv."""
+    pretrains = issubclass(plan.task_class, train.Pretraining)
     resume = any((folder / name).exists() for name in (NEWEST, PREVIOUS))
     settings = replace(plan.settings, out_dir=str(folder), resume=resume, device=device)
     checkpoint = load_checkpoint(settings.init_from) if settings.init_from and not resume else None
     if resume:
         checkpoint = load_latest(folder)
-    if checkpoint and plan.task_class is train.Pretraining:  # its model has the shape, which the plan does not know
-        shape = {name: checkpoint["config"][name] for name in train.MODEL_FLAGS - {"attn", "block_size"}}
-        settings = replace(settings, **shape)
+    if checkpoint and pretrains:  # its model has the shape, which the plan does not know
+        names = checkpoint["config"].keys() & train.MODEL_FLAGS - {"attn", "block_size"}
+        settings = replace(settings, **{name: checkpoint["config"][name] for name in names})
 
     def record_lambdas(step):
         with autocast(task.device):
@@ -206,7 +258,7 @@ def train_run(plan, folder, log, device):
             file.write(f"{step},{' '.join(f'{value:.4f}' for value in lambdas)}\n")
 
     def on_step(row):
-        if "val_loss" in row and plan.task_class is train.Pretraining:
+        if "val_loss" in row and pretrains:
             record_lambdas(row["step"])
 
     # A resumed run would miss the ids of chats, which an unpadded vocabulary has not.
@@ -219,32 +271,36 @@ def train_run(plan, folder, log, device):
             checkpointer.save_if_best = lambda step, val_loss: False
         if plan.noise and not resume:
             add_noise(task.model, plan.noise, settings.seed)
-        if plan.task_class is train.Pretraining and not resume:
+        if pretrains and not resume:
             record_lambdas(0)
+        run_log = Log(task)
+        if plan.task_class is Retrieval:
+            run_log.columns.append("val_accuracy")  # a training step has none
         try:
-            train.fit(task, optimizer, checkpointer, Log(task), on_step)
+            train.fit(task, optimizer, checkpointer, run_log, on_step)
         except Diverged as error:  # its log up to here is the result
             print(f"{folder}: {error}")
-    if plan.probe_texts:
-        write_probes(task, plan.probe_texts, log.with_suffix(".json"))
+    measured = {}
+    if plan.task_class is Retrieval:
+        measured |= task.measure(plan.probe_texts)
+    elif plan.probe_texts:
+        measured |= probe_run(task, plan.probe_texts)
     if plan.full_log and plan.task_class is train.Pretraining and settings.attn == "v2":
-        write_json(log.with_suffix(".json"), {"query_distances": query_distances(task.model)})
+        measured["query_distances"] = query_distances(task.model)
+    if measured:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(log.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps(measured) + "\n", encoding="utf-8")
     keep_log(folder, log, plan.full_log)  # last, since it marks the run as done
 
 
-def write_probes(task, texts, path):
-    """Write what bench.probes measures in a trained model, on the text that it was validated on."""
+def probe_run(task, texts):
+    """Measure a trained model with bench.probes, on the text that it was validated on -> a dict for JSON."""
     tokens = torch.cat([inputs.flatten() for inputs, _ in task.val_batches]).numpy()
     found = probe(task.model, task.encoding, tokens, task.settings.block_size, texts)
     with autocast(task.device), torch.no_grad():
         found["sentence"] = sentence_maps(task.model, task.encoding, SENTENCE)
-    write_json(path, found)
-
-
-def write_json(path, contents):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(contents) + "\n", encoding="utf-8")
+    return found
 
 
 def keep_log(folder, path, full=False):
@@ -294,7 +350,8 @@ def log_path(logs, name):
 def train_missing(runs, arguments):
     """Train the runs whose log is not in the folder --logs, except those that another process is training.
 
-    Of a finished run, its folder keeps at most best.pt. Raises UserError if the run that one starts from is not done.
+    Of a finished run, its folder keeps at most best.pt. If another process is training the run that one starts from,
+    wait for it. Raises UserError if that run is not done.
     """
     device = choose_device(arguments.device)
     for name, plan in runs.items():
@@ -305,6 +362,9 @@ def train_missing(runs, arguments):
         try:
             with run_folder(folder):
                 if not log.exists():
+                    if plan.after and (before := Path(arguments.out) / plan.after).exists():
+                        with locked(before, waiting=f"\n{name} waits for {plan.after}"):
+                            pass
                     if plan.after and not log_path(arguments.logs, plan.after).exists():
                         raise UserError(f"{name} begins with the model of {plan.after}, which is not done")
                     print(f"\n{name}:")
@@ -334,7 +394,7 @@ def add_flags(parser):
 def parse_runs(parser):
     """Parse the command line -> its arguments, and the planned runs.
 
-    In a smoke test these are the runs of the first seed, and those that others start from.
+    In a smoke test these are the runs that SMOKE names.
     """
     parallel.refuse_torchrun()
     arguments = parser.parse_args()
@@ -342,8 +402,8 @@ def parse_runs(parser):
         arguments.out, arguments.logs = f"{arguments.out}/smoke", f"{arguments.out}/smoke/logs"
     runs = planned_runs(arguments.corpus, arguments.out)
     if arguments.smoke:
-        chosen = {name: plan for name, plan in runs.items() if plan.keep_best or not name.endswith(("-2", "-3"))}
-        runs = {name: shrink(plan) for name, plan in chosen.items()}
+        chosen = [name for name in runs if any(fnmatch.fnmatch(name, pattern) for pattern in SMOKE)]
+        runs = {name: shrink(runs[name]) for name in chosen}
         runs["smollm2/sft"] = replace(runs["tuning/sft"], full_log=True)  # SmolLM2 itself is too large
         for name in runs:
             remove_run(Path(arguments.out) / name)

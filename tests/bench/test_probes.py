@@ -157,6 +157,20 @@ def test_needle_texts_depend_on_the_seed_alone():
     assert len({text[0] for text in spans}) > 1  # the answer is not always at the same place
 
 
+def test_needles_of_a_size_about_given_cities():
+    cities = ("Kobe", "Lima", "Oslo")
+    ids, spans = needle_texts(BYTES, TEXT, 256, 9, size=(3, 4), cities=cities)
+    for text, found in zip(ids.tolist(), spans):
+        named = [word.split(" is")[0] for word in BYTES.decode(text).split(" The magic number of ")[1:]]
+        assert sorted(named[:-1]) == sorted(cities) and named[-1] in cities
+        assert [stop - start for start, stop in found] == [5] * 3
+    width = len(" The magic number of Athens is")
+    for count in (2, 3, 7):
+        longest = count * (width + 1 + 4 + 1) + width
+        assert probes.needles_fit(BYTES.encode_ordinary, math.ceil(longest * 8 / 7), count, 4)
+        assert not probes.needles_fit(BYTES.encode_ordinary, math.ceil(longest * 8 / 7) - 1, count, 4)
+
+
 def test_any_needle_may_be_asked_for_and_be_anywhere():
     _, spans = needle_texts(BYTES, TEXT, 512, 60)
     ranks = [sorted(text).index(text[0]) for text in spans]
@@ -324,6 +338,39 @@ def test_minimum_and_percentile_are_over_all_samples():
     assert norms["weights"] == dict(mean=[100.0], minimum=[0.0], percentile_1=[pytest.approx(2.0)])
 
 
+@pytest.mark.parametrize("attn", ATTENTION)
+def test_outliers(float64, attn):
+    """Against numpy, of what is in the layers as they are called one by one."""
+    model, windows, seen = tiny_model(attn, "grouped"), torch.randint(256, (3, 40)), {}
+    found = probes.summarize_moments([probes.activation_moments(model, window) for window in windows])
+    rope, x = model.rope(40), model.embed(windows)
+    for number, layer in enumerate(model.layers):
+        hook = layer.attn.o_proj.register_forward_pre_hook(lambda _, args: seen.update(heads=args[0]))
+        added = layer.attn(layer.attn_norm(x), rope)[0]
+        hook.remove()
+        x = x + added
+        x = x + layer.mlp(layer.mlp_norm(x))
+        for kind, values in dict(residual=x, attention=added, heads=seen["heads"]).items():
+            values = values.numpy().ravel()
+            standard = (values - values.mean()) / values.std()
+            assert found[kind]["largest"][number] == pytest.approx(np.abs(values).max())
+            assert found[kind]["kurtosis"][number] == pytest.approx((standard**4).mean())
+    assert all(len(values) == 2 for kind in found.values() for values in kind.values())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_kurtosis_of_known_distributions():
+    """3 if normal, 9/5 if uniform, also far from 0, and 1 / (p (1 - p)) - 3 for ones of probability p."""
+    torch.manual_seed(0)
+    few = torch.zeros(100)
+    few[:10] = 1
+    for values, kurtosis in ((torch.randn(10**6) + 5, 3), (torch.rand(10**6) - 3, 9 / 5), (few, 1 / 0.09 - 3)):
+        values = values.double()
+        moments = torch.stack([values.abs().amax(), *((values**power).sum() for power in range(5))])
+        found = probes.summarize_moments([{"residual": moments[None]}, {"residual": moments[None]}])
+        assert found["residual"]["kurtosis"] == [pytest.approx(kurtosis, rel=0.01)]
+
+
 # ------------------------------------------------------------------------------------- what figures get
 
 
@@ -336,7 +383,7 @@ def test_probe(attn, heads):
     kinds = ["weights"] if attn == "vanilla" else ["weights", "first", "second"]
     about = dict(attn=attn, length=128, texts=2, seed=1, answer_tokens=4)
     assert {name: found[name] for name in about} == about
-    assert list(found)[5:] == ["needle", "retrieval", "sink", "context_rms"]
+    assert list(found)[5:] == ["needle", "retrieval", "sink", "context_rms", "outliers"]
     assert list(found["needle"]) == list(found["sink"]) == kinds
     assert list(found["context_rms"]) == ["bound", *kinds, "output"]
     for kind in kinds:

@@ -4,7 +4,11 @@ import contextlib
 import csv
 import itertools
 import json
+import re
+import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +19,8 @@ import torch.nn.functional as F
 
 import bench
 import train
-from bench import figures, runs, table2
+from bench import evidence, figures, runs, table2
+from bench.retrieval import Retrieval
 from data.write import write_dataset
 from engine import log, parallel
 from engine.checkpoint import NEWEST, PREVIOUS, Checkpointer, load_checkpoint, run_folder
@@ -37,10 +42,10 @@ def plan(tmp_path):
     text = "".join(map(chr, np.random.default_rng(1).integers(97, 123, size=4000)))
     write_dataset(tmp_path / "text", {"train": [text], "val": [text[:1000]]}, "bytes", "a test")
 
-    def make(bare=False, keep_best=False, **settings):
+    def make(task_class=train.Pretraining, bare=False, keep_best=False, probe_texts=0, **settings):
         paths = dict(dataset=f"{tmp_path}/text", out_dir=f"{tmp_path}/run")
         settings = train.Settings(**{**SHAPE, **FEW, **paths, **settings})
-        return runs.PlannedRun(train.Pretraining, settings, bare=bare, keep_best=keep_best)
+        return runs.PlannedRun(task_class, settings, bare=bare, keep_best=keep_best, probe_texts=probe_texts)
 
     return make
 
@@ -52,7 +57,9 @@ def train_run(plan, folder, log):
 
 
 def test_the_runs_are_those_of_the_report():
-    planned = runs.planned_runs("docs", "out/runs")
+    planned = {
+        n: p for n, p in runs.planned_runs("docs", "out/runs").items() if n.split("/")[0] not in evidence.FIGURES
+    }
     assert len(planned) == 5 * 3 + 3 * 2 + 3 * 3 + 2 + (2 * 2 + 1) + 2
     for name, plan in planned.items():
         s = plan.settings
@@ -70,6 +77,49 @@ def test_the_runs_are_those_of_the_report():
         plan = planned[f"tuning/{stage}"]
         assert plan.after == before and planned[before].keep_best
         assert plan.settings.init_from == f"out/runs/{before}/best.pt"
+
+
+def test_the_runs_on_the_large_corpus():
+    planned = runs.planned_runs("docs", "out/runs")
+    groups = {group: {n: p for n, p in planned.items() if n.startswith(f"{group}/")} for group in evidence.FIGURES}
+    counts = {group: len(plans) for group, plans in groups.items()}
+    assert counts == dict(fair=3 * 3, large=3 * 5 + 4, stable=3 * 3, design=7 * 3, retrieval=3 * 3 * 2)
+    for name, plan in itertools.chain(*(plans.items() for plans in groups.values())):
+        s = plan.settings
+        group, kind, seed = re.fullmatch(r"(\w+)/(\w+)(?:-wide|-half)?-([\d.]+)(?:-\d+)?", name).groups()
+        assert (s.attn, s.dataset, plan.full_log) == (kind, "large", True)
+        assert group == "fair" or s.seed == int(seed)
+        if group in ("fair", "large", "stable"):
+            assert (s.batch_size * s.block_size, s.max_steps) == (65536, 1500 if group == "large" else 500)
+    for name, plan in groups["large"].items():
+        assert all(step % plan.settings.eval_interval == 0 for step in evidence.STEPS)
+        assert plan.settings.learning_rate == runs.BEST_RATE[plan.settings.attn]
+        assert plan.probe_texts == (0 if "wide" in name or "half" in name else 64)
+    wide, usual = (planned[f"large/{kind}-2"].settings for kind in ("v1-wide", "v1"))
+    assert (wide.n_head, wide.head_dim) == (6, 128) and replace(wide, n_head=12, head_dim=64) == usual
+    half, usual = (planned[f"large/{kind}-2"].settings for kind in ("v2-half", "v2"))
+    assert half.n_kv_layers == 6 and replace(half, n_kv_layers=0, n_inner=half.n_inner - 256) == usual
+    assert {plan.settings.learning_rate for plan in groups["fair"].values()} == {3e-4, 6e-4, 1.2e-3}
+    assert {plan.settings.learning_rate for plan in groups["stable"].values()} == {2e-3}
+    for name, plan in groups["retrieval"].items():
+        start, s = planned[plan.after], plan.settings
+        assert start.keep_best and s.init_from == f"out/runs/{plan.after}/best.pt"
+        assert plan.after == (
+            name.replace("2048", "512") if s.block_size == 2048 else name.replace("retrieval", "large")[:-4]
+        )
+        assert start.settings.attn == s.attn and start.settings.seed == s.seed and s.max_steps <= 2000
+        assert s.batch_size == 2 * s.micro_batch_size  # one micro-batch of each kind
+
+
+def test_a_small_test_has_some_of_every_group_and_what_they_start_from(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["runs.py", "--smoke", "--out", str(tmp_path)])
+    parser = Parser("")
+    runs.add_flags(parser)
+    _, chosen = runs.parse_runs(parser)
+    whole = runs.planned_runs("docs", "out")
+    assert {name.split("/")[0] for name in chosen} == {name.split("/")[0] for name in whole} and len(chosen) < 50
+    assert all(plan.after in chosen for plan in chosen.values() if plan.after)
+    assert {f"large/{attn}-1" for attn in (*runs.KINDS, "v1-wide")} <= chosen.keys()
 
 
 def test_the_runs_of_smollm2():
@@ -196,9 +246,14 @@ def test_a_run_without_the_methods(plan, tmp_path):
     assert task.loss(inputs, targets)["loss"].item() == expected.item()
 
 
-@pytest.mark.parametrize("bare", [False, True])
-def test_an_interrupted_run_has_the_same_log(plan, bare, tmp_path, monkeypatch):
-    plan = partial(plan, bare, weight_decay=0.01)
+RETRIEVAL = dict(task_class=Retrieval, block_size=160, probe_texts=2)
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, dict(bare=True), dict(attn="half"), RETRIEVAL], ids=["usual", "bare", "half", "retrieval"]
+)
+def test_an_interrupted_run_has_the_same_log(plan, kind, tmp_path, monkeypatch):
+    plan = partial(plan, weight_decay=0.01, **kind)
     train_run(plan(), tmp_path / "whole", tmp_path / "whole.csv")
     with interrupted_by_saving(monkeypatch):
         train_run(plan(), tmp_path / "part", tmp_path / "part.csv")
@@ -206,6 +261,9 @@ def test_an_interrupted_run_has_the_same_log(plan, bare, tmp_path, monkeypatch):
     train_run(plan(), tmp_path / "part", tmp_path / "part.csv")
     assert (tmp_path / "part.csv").read_text() == (tmp_path / "whole.csv").read_text()
     log = figures.read_log(tmp_path, "whole")
+    if kind == RETRIEVAL:
+        assert np.isfinite(log["val_accuracy"][1::2]).all()
+        assert (tmp_path / "part.json").read_text() == (tmp_path / "whole.json").read_text()
     assert log["step"].tolist() == [1, 2, 3, 4, 5, 6]
     assert log["lambdas"].shape == (6, 2) and np.isfinite(log["lambdas"][1::2]).all()
     assert np.isnan(log["val_loss"][::2]).all() and np.isfinite(log["val_loss"][1::2]).all()
@@ -252,6 +310,28 @@ def test_only_missing_runs_are_trained_and_their_folders_removed(plan, tmp_path,
         runs.train_missing({"x": replace(plan(), after="curves/b")}, arguments)
 
 
+def test_a_run_waits_for_the_one_that_it_starts_from(plan, tmp_path, monkeypatch):
+    """While another process is training that."""
+    trained, begun = [], threading.Event()
+    monkeypatch.setattr(runs, "train_run", lambda plan, folder, log, device: trained.append(folder.name))
+
+    def other_process():
+        with run_folder(tmp_path / "start"):
+            begun.set()
+            time.sleep(0.2)
+            assert not trained
+            (tmp_path / "start" / "best.pt").write_text("")
+            (tmp_path / "start.csv").write_text("")
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(other_process)
+        begun.wait()
+        arguments = types.SimpleNamespace(logs=tmp_path, out=tmp_path, device="cpu")
+        runs.train_missing({"x": replace(plan(), after="start")}, arguments)
+        other.result()
+    assert trained == ["x"]
+
+
 def test_half_a_line_of_lambdas_is_left_out(tmp_path):
     """An interruption may leave one."""
     (tmp_path / "lambdas.csv").write_text("2,0.5 0.5\n4")
@@ -269,6 +349,8 @@ def test_the_best_model_is_kept_where_another_run_starts_from_it(plan, tmp_path,
 def test_small_runs_are_about_the_same_thing():
     for plan in runs.planned_runs("docs", "out").values():
         small = runs.shrink(plan)
+        micro_batches = [p.settings.batch_size // p.settings.micro_batch_size for p in (small, plan)]
+        assert micro_batches[0] == micro_batches[1]
         assert (small.task_class, small.bare, small.after) == (plan.task_class, plan.bare, plan.after)
         assert (small.settings.dataset, small.settings.max_steps) == ("tiny", 4)
         assert (small.noise, small.full_log) == (plan.noise, plan.full_log)
@@ -315,6 +397,8 @@ def test_gradient_norms_seed_by_seed():
     wild[[50, 250]] = 50.0, 20.0
     row = figures.norm_row("run", [log_of(calm), log_of(np.ones(300), wild)])
     assert row == {"run": "run", "spikes": "0, 2", "highest after the warmup": "1.0, 20.0"}
+    full = dict(step=np.arange(301), grad_norm=np.array([np.nan, *wild]))
+    assert figures.norm_row("run", [full])["spikes"] == "2"
 
 
 def test_the_attention_sink_by_layer_and_kind_of_weights():
@@ -343,6 +427,9 @@ def test_stability_of_a_run():
     assert (row["highest norm"], row["after the warmup"]) == ("inf", "inf") and row["skipped steps"] == 1
     assert (row["spikes"], row["held-out"], row["diverged"]) == (0, "2.500", "no")
     assert figures.stability_row(log_of([5, 4]), settings)["diverged"] == "step 2"
+    full = log_of([np.nan, 5, 4, 3, 3, 2, 2], [np.nan, 9, 1, 1, 3, np.inf, 1], [6] + [np.nan] * 5 + [2.5])
+    full["step"] = np.arange(7)
+    assert figures.stability_row(full, settings) == row
     assert figures.stability_row(log_of([1] * 6, val_loss=[np.nan] * 6), settings)["diverged"] == "step 6"
 
 
@@ -403,7 +490,8 @@ def test_start_end_speed_and_lambda_of_a_run_of_smollm2():
 
 def test_pictures_and_tables_of_all_runs(tmp_path, capsys):
     """Kept logs are enough for them."""
-    planned = {name: runs.shrink(plan) for name, plan in runs.planned_runs("docs", "out").items()}
+    old = figures.FIGURES.keys() - evidence.FIGURES.keys()
+    planned = {n: runs.shrink(p) for n, p in runs.planned_runs("docs", "out").items() if n.split("/")[0] in old}
     for name in planned:
         columns = [c for c in runs.COLUMNS if name.endswith("/dpo") or "accuracy" not in c and "margin" not in c]
         columns += ["tokens_per_s"] * planned[name].full_log
@@ -413,7 +501,7 @@ def test_pictures_and_tables_of_all_runs(tmp_path, capsys):
         path.write_text("\n".join(lines) + "\n")
         if name.startswith("smollm2/v2"):
             path.with_suffix(".json").write_text('{"query_distances": [0.1, 0.2]}')
-    without_probes = set(itertools.chain(*figures.FIGURES.values())) - {figures.inside, figures.maps}
+    without_probes = set(itertools.chain(*map(figures.FIGURES.get, old))) - {figures.inside, figures.maps}
     for draw in without_probes:
         draw(tmp_path, planned, tmp_path)
     text = capsys.readouterr().out

@@ -1,0 +1,147 @@
+"""What bench.runs has kept of the runs, and what pictures and tables are made with."""
+
+import csv
+import json
+
+import numpy as np
+
+from bench.runs import KINDS, log_path
+from engine.settings import UserError, fail
+
+try:
+    import matplotlib.pyplot as plt
+except ImportError:
+    fail("the pictures need matplotlib: pip install -r requirements-dev.txt")
+plt.switch_backend("Agg")
+
+COLORS = {
+    "vanilla": "tab:gray", "v1": "tab:orange", "v2": "tab:blue", "vanilla-bare": "black", "v1-bare": "tab:red",
+    "v1-wide": "tab:brown",
+}  # fmt: skip
+SPIKE, MEMORY = 10, 100  # a spike is a gradient norm above SPIKE times the median of the MEMORY steps before
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_log(logs, name):
+    """Read a finished run's log -> {column: (steps,)}, NaN where it is empty; `lambdas` is (steps, layers)."""
+    path = log_path(logs, name)
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "lambdas" not in rows[0]:
+        raise UserError(f"{path} is no log of bench.runs; without it, the run is made again")
+    log = {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0] if key != "lambdas"}
+    layers = max(len(row["lambdas"].split()) for row in rows)
+    empty = [float("nan")] * layers
+    log["lambdas"] = np.array([list(map(float, row["lambdas"].split())) or empty for row in rows])
+    return log
+
+
+def read_seeds(logs, runs, prefix):
+    """Read the logs of all seeds of a run, whose names are the prefix and a number."""
+    names = [name for name in runs if name.startswith(prefix) and name.removeprefix(prefix).isdecimal()]
+    return [read_log(logs, name) for name in names]
+
+
+def read_json(logs, name):
+    return json.loads(log_path(logs, name).with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def read_probes(logs, runs, group):
+    """Read what bench.probes measured in a group of runs -> {attn: [one for each seed]}."""
+    names = [name for name, plan in runs.items() if name.startswith(f"{group}/") and plan.probe_texts]
+    found = [read_json(logs, name) for name in names]
+    return {attn: [probe for probe in found if probe["attn"] == attn] for attn in KINDS}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def smooth(values, width=20):
+    """The moving average over `width` steps."""
+    width = min(width, len(values) // 4 or 1)
+    return np.convolve(values, np.ones(width) / width, mode="valid")
+
+
+def held_out_at(log, steps):
+    """The held-out loss after some steps, interpolated between validations. NaN after the end of the run."""
+    measured = ~np.isnan(log["val_loss"])
+    return np.interp(steps, log["step"][measured], log["val_loss"][measured], right=np.nan)
+
+
+def gaps(log, plain, steps):
+    """The held-out loss of a run minus plain's after some steps of plain -> at equal steps, at equal time."""
+    # A step has as many tokens in both. The median is a speed without the compilation in the first step.
+    speed, plain_speed = np.nanmedian(log["tokens_per_s"]), np.nanmedian(plain["tokens_per_s"])
+    meanwhile = np.array(steps) * speed / plain_speed  # the run's steps in the time of plain's
+    return held_out_at(log, steps) - held_out_at(plain, steps), held_out_at(log, meanwhile) - held_out_at(plain, steps)
+
+
+def gradient_norms(log):
+    """The gradient norm of every step, without a row for the validation before the first one."""
+    return log["grad_norm"][log["step"] > 0]
+
+
+def spikes(norms):
+    """The indices of gradient norms above SPIKE times the median of the MEMORY steps before. Only finite ones count."""
+    norms = np.where(np.isfinite(norms), norms, np.nan)
+    return [i for i in range(1, len(norms)) if norms[i] > SPIKE * np.nanmedian(norms[max(0, i - MEMORY) : i])]
+
+
+def norm_row(name, seeds):
+    """The spikes, and the highest norm after step 200, where the warmup ends."""
+    norms = [gradient_norms(log) for log in seeds]
+    count = ", ".join(str(len(spikes(values))) for values in norms)
+    highest = ", ".join(f"{np.nanmax(values[200:], initial=0):.1f}" for values in norms)
+    return {"run": name, "spikes": count, "highest after the warmup": highest}
+
+
+def stability_row(log, settings):
+    norms = gradient_norms(log)
+    last = len(norms)
+    later = norms[settings.warmup_steps :]
+    diverged = last < settings.max_steps or not np.isfinite(log["val_loss"][-1])
+    return {
+        "spikes": len(spikes(norms)),
+        "skipped steps": int((~np.isfinite(norms)).sum()),
+        "highest norm": f"{np.nanmax(norms):.2f}",
+        "after the warmup": f"{np.nanmax(later):.2f}" if len(later) else "",
+        "loss, last 50 steps": f"{np.nanmean(log['loss'][-50:]):.3f}",
+        "held-out": f"{log['val_loss'][-1]:.3f}",
+        "diverged": f"step {last}" if diverged else "no",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tables and pictures
+
+
+def mean_std(values, digits=3):
+    """The mean and standard deviation of a few numbers, as text."""
+    if not np.isfinite(values).all():
+        return "diverged"
+    text = f"{np.mean(values):.{digits}f}"
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
+
+
+def print_table(title, rows):
+    """Print a list of {column: text} as Markdown."""
+    print(f"\n{title}\n\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    for row in rows:
+        print("| " + " | ".join(map(str, row.values())) + " |")
+
+
+def legend_above(axis):
+    """Put the legend above the picture, where it hides no data."""
+    axis.set_title(axis.get_title(), pad=44)
+    axis.legend(fontsize=7, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+
+
+def save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

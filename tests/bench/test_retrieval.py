@@ -1,0 +1,147 @@
+"""bench/retrieval.py: its batches, its loss, and its test against greedy decoding."""
+
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from bench.probes import CITIES, PARTS
+from bench.retrieval import HELD_OUT, TAUGHT, Retrieval
+from data.write import write_dataset
+from engine.generate import Decoder
+from model import GPT, GPTConfig
+
+SHAPE = dict(preset="tiny", block_size=160, n_layer=2, n_embd=32, n_head=2, head_dim=16, n_inner=48, device="cpu")
+SHAPE |= dict(batch_size=4, micro_batch_size=2, max_steps=4, warmup_steps=1, eval_interval=2, save_interval=2)
+NEEDLE = re.compile(r" The magic number of (\w+) is (\d+)\.")
+QUESTION = re.compile(r" The magic number of (\w+) is (\d+)$")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    text = "".join(map(chr, np.random.default_rng(1).integers(97, 123, size=6000)))
+    write_dataset(folder / "text", {"train": [text], "val": [text[:3000]]}, "bytes", "a test")
+    return lambda **changes: train.Settings(**SHAPE | dict(dataset=f"{folder}/text", eval_windows=6) | changes)
+
+
+@pytest.fixture
+def task(settings):
+    return Retrieval(settings())
+
+
+def decode(task, ids):
+    return task.encoding.decode(ids.tolist(), errors="replace")
+
+
+def test_cities_of_the_test_are_held_out():
+    assert (len(HELD_OUT), len(TAUGHT)) == (20, 60) and {*HELD_OUT} | {*TAUGHT} == {*CITIES}
+
+
+def test_a_batch(task):
+    """Half of it is pretraining's, the other half are texts that end with the answer, which alone is learned."""
+    asked = set()
+    for step in range(1, 41):
+        count, (ordinary, (inputs, targets)) = task.get_batch(step)
+        _, (same, _) = train.Pretraining.get_batch(task, step)
+        assert count == 4 * 160 and all(map(torch.equal, ordinary, same))
+        assert inputs.shape == targets.shape == (2, 160)
+        for row, target in zip(inputs, targets):
+            learned = target != -100
+            number = decode(task, target[learned])
+            assert learned[-len(number) :].all() and learned.sum() == len(number)
+            assert torch.equal(row[1:][learned[:-1]], target[learned][:-1])  # a target is the next input
+            text = decode(task, torch.cat((row, target[-1:])))
+            city, answer = QUESTION.search(text).groups()
+            needles = dict(NEEDLE.findall(text))
+            assert len(needles) == 2 and needles[city] == answer == number.strip() and len(answer) == 3
+            assert {*needles} <= {*TAUGHT}
+            asked.add(city)
+    assert len(asked) > 30
+
+
+def test_batches_depend_on_the_seed_and_the_step_alone(task, settings):
+    again, other = Retrieval(settings()), Retrieval(settings(seed=2))
+    again.get_batch(1)
+    texts = [t.get_batch(step)[1][1][0] for t, step in ((task, 5), (again, 5), (task, 6), (other, 5))]
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2]) and not torch.equal(texts[0], texts[3])
+
+
+def test_the_batches_of_all_attentions_are_the_same(settings):
+    for plan in (train.Pretraining, Retrieval):
+        batches = [plan(settings(attn=attn)).get_batch(3)[1] for attn in ("vanilla", "v1", "v2")]
+        flat = [[tensor for tensors in batch for tensor in tensors] for batch in batches]
+        assert all(map(torch.equal, flat[0], flat[1])) and all(map(torch.equal, flat[0], flat[2]))
+
+
+def test_both_halves_of_the_loss_weigh_the_same(task):
+    _, micro_batches = task.get_batch(1)
+    loss = sum(task.loss(*tensors)["loss"] for tensors in micro_batches)
+    expected = [F.cross_entropy(task.model(idx)[0].flatten(0, 1), y.flatten()) for idx, y in micro_batches]
+    assert loss.item() == pytest.approx((expected[0] + expected[1]).item() / 2)
+
+
+@pytest.mark.parametrize("attn", ["vanilla", "v1", "v2"])
+def test_right_answers_are_those_of_greedy_decoding(attn):
+    """With a vocabulary of 4, some answers of two tokens are right by chance."""
+    torch.manual_seed(2)
+    model = GPT(
+        GPTConfig(attn=attn, n_layer=2, n_head=4, head_dim=8, n_embd=32, n_inner=32, vocab_size=4, block_size=16)
+    )
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    task = object.__new__(Retrieval)
+    task.model, task.device = model.requires_grad_(False), torch.device("cpu")
+    task.settings = types.SimpleNamespace(micro_batch_size=7)
+    ids = torch.randint(4, (60, 15))
+    spans = [[(start, start + 2), (0, 2)] for start in torch.randint(1, 13, (60,)).tolist()]
+    right, loss = task.answers(ids, spans)
+    losses = []
+    for text, (span, _), found in zip(ids, spans, right.tolist(), strict=True):
+        answer = text[slice(*span)]
+        greedy = list(Decoder(model, 1, 16, temperature=0).stream(text[None, 1:], 2))
+        assert found == torch.equal(torch.cat(greedy, dim=1)[0], answer)
+        whole = torch.cat((text[1:], answer))
+        losses.append(F.cross_entropy(model(whole[None, :-1])[0][0, -2:], answer).item())
+    assert 0 < right.sum() < 60 and loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_validation_asks_for_held_out_cities(task, monkeypatch):
+    ids, _ = task.val_texts
+    assert ids.shape == (6, 160)
+    for text in ids:
+        assert {*dict(NEEDLE.findall(decode(task, text)))} <= {*HELD_OUT}
+    monkeypatch.setattr(task, "answers", lambda *texts: (torch.tensor([True, False, True, True]), 0.5))
+    metrics, text = task.evaluate()
+    plain, _ = train.Pretraining.evaluate(task)
+    assert metrics == dict(val_loss=(plain["val_loss"] + 0.5) / 2, val_accuracy=0.75)
+    assert text.endswith("answers: loss 0.5000, right 0.750")
+
+
+def test_measurement_by_number_of_needles_and_depth(task, monkeypatch):
+    """Where answers in the first half of a text are right."""
+    seen = []
+
+    def answers(ids, spans):
+        seen.append(spans)
+        assert all({*dict(NEEDLE.findall(decode(task, text)))} <= {*HELD_OUT} for text in ids)
+        return torch.tensor([start < 80 for (start, _), *_ in spans]), 0.0
+
+    monkeypatch.setattr(task, "answers", answers)
+    found = task.measure(50)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["attn"], found["length"], found["needles"]) == ("v2", 160, 2)
+    assert list(found["accuracy"]) == ["1", "2"]  # four do not fit
+    for (needles, tested), spans in zip(found["accuracy"].items(), seen, strict=True):
+        assert all(len(text) == int(needles) for text in spans)
+        starts = [start for (start, _), *_ in spans]
+        assert tested["texts"] == [sum(32 * part <= start < 32 * (part + 1) for start in starts) for part in range(5)]
+        assert tested["right"] == [*tested["texts"][:2], sum(64 <= start < 80 for start in starts), 0, 0]
+    for kinds in found["needle"].values():
+        assert sum(kinds[part][0] for part in PARTS) == pytest.approx(1)
