@@ -19,7 +19,7 @@ from data.chat import render_prompt
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START
 from engine import parallel
 from engine.attention import ATTENTION_IMPLS, check_impl
-from engine.checkpoint import load_checkpoint, load_weights
+from engine.checkpoint import SkipInit, load_checkpoint, load_weights
 from engine.device import choose_device
 from engine.generate import Decoder, prepare_for_inference
 from engine.terminal import discard_input, printable, read_message
@@ -61,7 +61,9 @@ def load_model(path, device, attn_impl="auto"):
     """Load the model of a checkpoint for inference -> the model, its tokenizer, the checkpoint."""
     checkpoint = load_checkpoint(path)
     config, encoding = load_config(checkpoint, attn_impl)
-    return prepare_for_inference(load_weights(GPT(config), checkpoint).to(device)), encoding, checkpoint
+    with SkipInit():
+        model = GPT(config)
+    return prepare_for_inference(load_weights(model, checkpoint).to(device)), encoding, checkpoint
 
 
 class Generator:

@@ -1,4 +1,4 @@
-"""Loading checkpoints: what is refused. Whole runs that resume are in tests/test_train.py and tests/robustness/."""
+"""Loading checkpoints. Whole runs that resume are in tests/test_train.py and tests/robustness/."""
 
 import math
 
@@ -8,6 +8,7 @@ from small import base_model, save_model, tiny_model
 
 from engine.checkpoint import FORMAT, load_checkpoint, load_weights
 from engine.settings import UserError
+from sample import load_model
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -31,3 +32,14 @@ def test_other_formats_are_refused(tmp_path, number):
     torch.save(content | {"format": number}, tmp_path / "model.pt")
     with pytest.raises(UserError, match="written by a newer version"):
         load_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("attn", ["vanilla", "v2"])
+def test_a_model_that_is_loaded_draws_no_weights(tmp_path, attn):
+    model = base_model(attn)
+    save_model(tmp_path / "best.pt", model)
+    before = torch.get_rng_state()
+    loaded, _, _ = load_model(tmp_path / "best.pt", torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert torch.equal(loaded.rope_cos, model.rope_cos)
