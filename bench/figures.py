@@ -12,7 +12,6 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-from PIL import Image  # which matplotlib needs
 
 from bench import evidence
 from bench.logs import (
@@ -327,6 +326,8 @@ def smollm2(logs, runs, folder):
     figure.colorbar(colors, ax=lambda_axis, label="layer")
     lambda_axis.set(xlabel="step", ylabel="lambda, the factor of the second map", title="V2, 6e-4: lambda")
     save(figure, path := folder / "smollm2.png")
+    from PIL import Image  # which matplotlib needs: bench.logs says so if that is missing
+
     with Image.open(path) as image:  # with a palette, the lines of 30 colours take a third of the bytes
         image.convert("RGB").quantize().save(path)
 

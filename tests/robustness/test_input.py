@@ -555,7 +555,8 @@ def test_several_processes_may_be_measured(monkeypatch, capsys, tmp_path):
 
 def test_pictures_without_matplotlib(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "bench.figures", raising=False)
+    for name in ("bench.figures", "bench.logs"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(SystemExit) as exit:
         importlib.import_module("bench.figures")
     assert exit.value.code == 2
