@@ -96,8 +96,8 @@ PRESETS = {
 }  # fmt: skip
 
 # The part of a preset that depends on the attention, at equal parameters: V2 pays for the second half of its queries
-# with a narrower SwiGLU. An attention without a line of its own has vanilla's shape. ldiff with n_kv_layers=6 has as many
-# parameters if n_inner is 256 more.
+# with a narrower SwiGLU. An attention without a line of its own has vanilla's shape. ldiff with n_kv_layers=6 has as
+# many parameters if n_inner is 256 more.
 SHAPES = {
     "ldiff": {
         "vanilla": dict(n_head=6, head_dim=128, n_inner=1920),

@@ -69,7 +69,7 @@ def test_whole_model_follows_the_equations(float64, attn, n_kv_layers):
     def norm(x, name):
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p[name + ".weight"]
 
-    x, weights = p["embed_tokens.weight"][idx], {}
+    x, weights, kv_x = p["embed_tokens.weight"][idx], {}, None
     for i in range(config.n_layer):
         weights |= {n.split(".")[3]: w for n, w in p.items() if n.startswith(f"layers.{i}.attn.")}
         args = (config.n_head, config.n_kv_head, config.head_dim, config.rope_theta, i)
