@@ -18,7 +18,7 @@ import torch
 from data.chat import CHAT_TEMPLATE, default_system
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
 from engine import huggingface, parallel
-from engine.checkpoint import BEST, archive_previous_run, load_checkpoint, load_weights, run_folder, save_checkpoint
+from engine.checkpoint import BEST, archive_previous_run, build_loaded, load_checkpoint, run_folder, save_checkpoint
 from engine.terminal import printable
 from model import GPT, GPTConfig, pad_vocab
 from sft import load_config
@@ -49,23 +49,9 @@ def import_config(given):
     kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise UserError(f"the model_type {kind} is not read; {', '.join(MODEL_TYPES)} are")
-    ropes = [given.get(name) or {} for name in ("rope_scaling", "rope_parameters")]  # older and newer configs
-    for rope in ropes:
-        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise UserError(f"this model has no RoPE scaling, and config.json has {rope}")
     window = 4096 if kind == "mistral" else None  # Mistral's, where none is given
     given = {"sliding_window": window, "tie_word_embeddings": False, "rope_theta": 10000.0, **given}
-    given |= ropes[1] | ropes[0]  # newer configs have rope_theta in there; transformers reads the older entry first
-    for name, values in ALLOWED.items():
-        if (value := given.get(name, values[0])) not in values:
-            raise UserError(f"config.json has {name} {value}, and this model does not")
-    fields = {ours: given[theirs] for ours, theirs in FIELDS.items() if given.get(theirs) is not None}
-    for ours, value in fields.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (isinstance(value, bool) if ours == "tie_embeddings" else is_number):
-            raise UserError(f"config.json cannot be used: its {FIELDS[ours]} is {value!r}")
-    if missing := [FIELDS[name] for name in FIELDS if name not in fields and name not in ("n_kv_head", "head_dim")]:
-        raise UserError(f"config.json lacks {', '.join(missing)}")
+    fields = huggingface.read_fields(given, FIELDS, ALLOWED, optional=("n_kv_head", "head_dim"))
     try:  # a head_dim that is not given is the width over the heads
         return GPTConfig(attn=MODEL_TYPES[kind], **{"head_dim": fields["n_embd"] // fields["n_head"], **fields})
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -193,7 +179,7 @@ def diff_model(path, folder):
     config, encoding = load_config(checkpoint, "auto")
     if config.attn != "vanilla":
         raise UserError(f"the model in {path} has the attention {config.attn}; only vanilla becomes DIFF V2")
-    state = diff_weights(load_weights(GPT(config), checkpoint).state_dict(), config)
+    state = diff_weights(build_loaded(lambda: GPT(config), checkpoint).state_dict(), config)
     kept = {name: checkpoint[name] for name in ("settings", "stage", "step")}
     write_checkpoint(folder, state, replace(config, attn="v2"), encoding, **kept)
 
@@ -223,17 +209,15 @@ def export_model(path, folder):
         raise UserError("transformers has no class for layers that share keys and values (n_kv_layers)")
     if config.attn == "vanilla" and config.n_embd % config.n_head:
         raise UserError(f"Llama's width is a multiple of its heads, and {config.n_embd} is not one of {config.n_head}")
-    weights = export_weights(load_weights(GPT(config), checkpoint).state_dict(), config)
+    weights = export_weights(build_loaded(lambda: GPT(config), checkpoint).state_dict(), config)
     end_of_text, im_end = (encoding.encode_single_token(name) for name in (END_OF_TEXT, IM_END))
     # A tuned model ends its answers with <|im_end|>, the first of the two.
     ends = [end_of_text] if checkpoint["stage"] == "pretrain" else [im_end, end_of_text]
     bos, eos = encoding.decode([end_of_text]), encoding.decode(ends[:1])
-    settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=bos, eos_token=eos, pad_token=bos)
-    settings |= dict(clean_up_tokenization_spaces=False, model_max_length=config.block_size)
     huggingface.write_folder(folder, weights, {
         "config.json": export_config(config, end_of_text, ends),
         "tokenizer.json": encoding.tokenizer_json(),
-        "tokenizer_config.json": settings | {"chat_template": CHAT_TEMPLATE},
+        "tokenizer_config.json": huggingface.tokenizer_config(bos, eos, config.block_size, CHAT_TEMPLATE),
     })  # fmt: skip
     print(f"{folder}: {CLASSES[config.attn][1]}, {config.n_layer} layers, {config.n_embd} wide")
 

@@ -142,8 +142,8 @@ def apply_rope(x, rope):
 class Attention(nn.Module):
     """Causal softmax attention with grouped queries: the baseline, and what both DIFF variants build on.
 
-    Layers from n_kv_layers on have no k_proj and v_proj. They read the keys and values of the last layer below that has
-    them, `shared` (arXiv 2405.05254, YOCO). The cache is smaller, and they read only the last token of a prompt.
+    Layers from n_kv_layers on have no k_proj and v_proj: they read `shared`, the keys and values of the last that has.
+    YOCO (arXiv 2405.05254) shares in this way what it makes of the lower half's output.
 
     A subclass with an entry in ATTENTION is a choice of --attn. It overrides what it changes: forward(), the number of
     query heads, the width of value heads, input_projections(), and lam(x), the factor of a second map, which is logged
@@ -184,7 +184,7 @@ class Attention(nn.Module):
         return q, k, v.unflatten(-1, (-1, self.value_width * self.head_dim)), *more
 
     def forward(self, x, rope, cache=None, shared=None):
-        """x (B, T, C) -> the output (B, T, C), and its keys and values (k, v)."""
+        """x (B, T, C) -> the output (B, T, C), and the keys and values that it read, (k, v)."""
         q, k, v = self.qkv(x, rope, shared)
         y = causal_attention(q, k, v, cache, self.impl)
         return self.o_proj(y.flatten(2)), (k, v)
@@ -293,7 +293,7 @@ class Block(nn.Module):
         self.attn = ATTENTION[config.attn](config, layer)
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = SwiGLU(config)
-        self.shares_kv = layer == config.n_kv_layers - 1 < config.n_layer - 1
+        self.shares_kv = layer == config.n_kv_layers - 1 and config.n_kv_layers < config.n_layer
 
     def forward(self, x, rope, cache=None, shared=None):
         """x (B, T, C) -> x after this layer, and its keys and values if the layers above read them, else None."""
@@ -358,14 +358,14 @@ class GPT(nn.Module):
         """Run all layers: idx (B, T) int64 -> (B, T, C), which lm_head turns into logits.
 
         With a KVCache, the tokens are those at `positions` (T,). A single token sees what is in the cache before it;
-        several are the beginning of a text and see each other alone. Layers without keys and values read the last of
-        them alone then, and the output is (B, 1, C). Raises ValueError if T exceeds block_size.
+        several are the beginning of a text and see each other alone. Then layers without keys of their own read the
+        last token alone, and the output is (B, 1, C) if there are any. Raises ValueError if T exceeds block_size.
         """
         rope = self.rope(idx.size(1)) if cache is None else (self.rope_cos[positions], self.rope_sin[positions])
         x, shared = self.embed(idx), None
         for i, layer in enumerate(self.layers):
             if cache is not None and i == self.config.n_kv_layers:
-                x, positions, rope = x[:, -1:], positions[-1:], [table[-1:] for table in rope]
+                x, positions, rope = x[:, -1:], positions[-1:], (rope[0][-1:], rope[1][-1:])
             x, keys_values = layer(x, rope, None if cache is None else cache.at(i, positions), shared)
             shared = keys_values or shared
         return self.norm(x)
@@ -410,17 +410,3 @@ class GPT(nn.Module):
     def num_params(self):
         """The number of parameters; tied embeddings count once."""
         return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self, T=None):
-        """Floating-point operations of one training token, forward and backward, in sequences of T tokens.
-
-        T is block_size by default. Each weight in a matrix product and each multiplication in the attention counts 6.
-        The attention's are those of the algorithm for every pair of tokens, in units of n_head * head_dim: vanilla 2
-        (scores and values), V1 3 (its values are twice as wide), V2 4 (twice the heads). Padding is not counted.
-        """
-        T, config = T or self.config.block_size, self.config
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        visible = T / 2  # keys a causal token sees on average
-        kind = ATTENTION[config.attn]
-        products = kind.q_per_head * (1 + kind.value_width) * config.n_head * config.head_dim * visible
-        return 6 * (weights + config.n_layer * products)

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from engine.settings import UserError, flag, parse_flags, run_script  # before torch, for Ctrl-C; isort: skip
 import torch
@@ -19,14 +18,13 @@ from data.chat import render_prompt
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START
 from engine import parallel
 from engine.attention import ATTENTION_IMPLS, check_impl
-from engine.checkpoint import SkipInit, load_checkpoint, load_weights
+from engine.checkpoint import build_loaded, find_furthest, load_checkpoint
 from engine.device import choose_device
 from engine.generate import Decoder, prepare_for_inference
 from engine.terminal import discard_input, printable, read_message
 from model import GPT
 from sft import load_config
 
-STAGES = ("dpo", "sft", "pretrain")  # the furthest first
 ENDS = (END_OF_TEXT, IM_START, IM_END)
 WELCOME = "Ctrl-D or /exit ends the conversation, /reset begins another, Ctrl-C stops an answer"
 
@@ -49,21 +47,12 @@ class Settings:
     compile: bool = flag(False, "compile the model first, which takes a while; then text comes faster")
 
 
-def furthest_checkpoint():
-    """Find the best.pt of out/dpo, else out/sft, else out/pretrain, even where an earlier stage is newer."""
-    for stage in STAGES:
-        if (path := Path("out") / stage / "best.pt").exists():
-            return path
-    raise UserError("there is no model in out/ yet; python train.py makes one, or name a checkpoint (--init_from)")
-
-
 def load_model(path, device, attn_impl="auto"):
     """Load the model of a checkpoint for inference -> the model, its tokenizer, the checkpoint."""
     checkpoint = load_checkpoint(path)
     config, encoding = load_config(checkpoint, attn_impl)
-    with SkipInit():
-        model = GPT(config)
-    return prepare_for_inference(load_weights(model, checkpoint).to(device)), encoding, checkpoint
+    model = build_loaded(lambda: GPT(config), checkpoint)
+    return prepare_for_inference(model.to(device)), encoding, checkpoint
 
 
 class Generator:
@@ -72,7 +61,7 @@ class Generator:
     def __init__(self, settings):
         self.settings, self.device = settings, choose_device(settings.device)
         check_impl(settings.attn_impl, self.device)
-        path = settings.init_from or furthest_checkpoint()
+        path = settings.init_from or find_furthest()
         model, self.encoding, checkpoint = load_model(path, self.device, settings.attn_impl)
         self.stage, self.block_size = checkpoint["stage"], model.config.block_size
         self.ends = {self.encoding.encode_single_token(name) for name in ENDS}

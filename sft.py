@@ -84,9 +84,7 @@ def choose_settings(given, settings_class, presets, stage):
         raise UserError(f"there is no {path} yet: train the stage before, or name another checkpoint with --init_from")
     checkpoint = load_init_from(path, given.get("attn"))
     attn = checkpoint["config"].get("attn")
-    preset = given.get("preset", "auto")
-    if preset == "auto":
-        preset = choose_preset(checkpoint)
+    preset = choose_preset(given.get("preset", "auto"), checkpoint)
     settings = settings_class(**{**presets[preset], **given, "preset": preset, "attn": attn})
     return parallel.fit_micro_batch_size(settings, given), checkpoint
 

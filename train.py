@@ -23,7 +23,7 @@ from engine.attention import ATTENTION_IMPLS, check_impl
 from engine.checkpoint import Checkpointer, check_fit, load_init_from, load_weights, resume_settings, run_folder
 from engine.device import autocast, choose_device, choose_preset, oom_advice
 from engine.graphs import wants_compile
-from engine.log import Log, describe, print_line, progress, summarize
+from engine.log import Log, describe, flops_per_token, print_line, progress, summarize
 from model import ATTENTION, GPT, GPTConfig, pad_vocab
 
 # ---------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class Settings(CommonSettings):
     n_embd: int = flag(768, "width", minimum=1)
     n_head: int = flag(6, "heads, by --attn; n_head * head_dim is the width of the attention", minimum=1)
     n_kv_head: int = flag(0, "key and value heads; 0: as many as n_head", minimum=0)
-    n_kv_layers: int = flag(0, "layers with keys and values, which those above share; 0: all", minimum=0)
+    n_kv_layers: int = flag(0, "layers with keys and values; those above read the last one's; 0: all", minimum=0)
     head_dim: int = flag(128, "width of a head, by --attn", minimum=2)
     n_inner: int = flag(1664, "width of the SwiGLU, by --attn", minimum=1)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output layer")
@@ -130,9 +130,7 @@ def choose_settings(given):
     if given.get("resume"):
         return resume_settings(given, Settings, Pretraining.stage)
     checkpoint = load_init_from(given["init_from"], given.get("attn")) if given.get("init_from") else None
-    preset = given.get("preset", "auto")
-    if preset == "auto":
-        preset = choose_preset(checkpoint)
+    preset = choose_preset(given.get("preset", "auto"), checkpoint)
     shape = SHAPES[preset].get(given.get("attn", Settings.attn), SHAPES[preset]["vanilla"])
     if checkpoint:
         shape = {name: checkpoint["config"][name] for name in MODEL_FLAGS if name in checkpoint["config"]}
@@ -228,9 +226,6 @@ def fit(task, optimizer, checkpointer, log, on_step=None):
     """
     s, done = task.settings, checkpointer.step
     steps = range(done + 1, s.max_steps + 1)
-    if not steps:
-        print(f"the run in {s.out_dir} has {done} steps already; a higher --max_steps adds to it")
-        return
     with parallel.stop_signals() as signals:
         if done == 0:  # training has to improve on this
             print_line("before the first step:")
@@ -293,9 +288,8 @@ class Pretraining:
         self.encoding = get_tokenizer(s.tokenizer, directory)
         self.train_tokens = open_tokens(directory, "train", self.meta, s.block_size)
         val_tokens = open_tokens(directory, "val", self.meta, s.block_size)
-        batches = fixed_batches(val_tokens, s.block_size, s.micro_batch_size * parallel.WORLD_SIZE, s.eval_windows)
-        rows = slice(parallel.RANK, None, parallel.WORLD_SIZE)
-        self.val_batches = [(inputs[rows], targets[rows]) for inputs, targets in batches]
+        ranks, rows = (parallel.RANK, parallel.WORLD_SIZE), s.micro_batch_size * parallel.WORLD_SIZE
+        self.val_batches = list(fixed_batches(val_tokens, s.block_size, rows, s.eval_windows, *ranks))
 
         # Model
         shape = {name: getattr(s, name) for name in MODEL_FLAGS} | {"n_kv_head": s.n_kv_head or s.n_head}
@@ -318,7 +312,7 @@ class Pretraining:
         compiles = wants_compile(s.compile, self.device)
         self.model, self.compiled = parallel.build_on_device(build, self.device, compiles)
         parallel.sync_grads_on_last_micro_batch(self.model, s)
-        self.flops_per_unit = self.model.flops_per_token()
+        self.flops_per_unit = flops_per_token(self.model)
 
     def get_batch(self, step):
         s, ranks = self.settings, (parallel.RANK, parallel.WORLD_SIZE)
@@ -351,8 +345,6 @@ class Pretraining:
 
     def sample(self, max_new_tokens=256):
         """Generate the beginning of a new document."""
-        if parallel.WORLD_SIZE > 1:
-            return f"(python sample.py --init_from {self.settings.out_dir}/best.pt generates text)"
         start = torch.tensor([[self.encoding.encode_single_token(END_OF_TEXT)]], device=self.device)
         options = dict(temperature=0.8, top_k=50, n_vocab=self.encoding.n_vocab)
         with autocast(self.device):

@@ -101,7 +101,8 @@ def main():
         arguments.batch, arguments.context = [2], [64]
     if arguments.prefill and not arguments.context:
         raise UserError("--prefill needs the lengths of prompts: --context 2048")
-    if too_short := [context for context in arguments.context if context < STEPS]:
+    too_short = [context for context in arguments.context if context < STEPS]
+    if too_short and not arguments.prefill:
         raise UserError(f"--context {too_short[0]} is shorter than the {STEPS} tokens that are timed")
     table = Table("prefill" if arguments.prefill else "decode", arguments, device)
     for batch, attn, half_kv in itertools.product(arguments.batch, arguments.attn, (False, True)):

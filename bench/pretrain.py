@@ -40,7 +40,7 @@ from data.write import write_dataset
 from engine import parallel
 from engine.attention import ATTENTION_IMPLS, check_impl
 from engine.device import peak_flops
-from engine.log import Log
+from engine.log import Log, flops_per_token
 from engine.settings import UserError, run_script
 from model import ATTENTION, pad_vocab
 
@@ -66,7 +66,7 @@ def measure(attn, length, arguments, device):
     options = {} if arguments.preset == "ldiff" else LARGE
     ms = median_ms(step, device, **(SMOKE if arguments.smoke else options))
     speed, peak = 1000 * arguments.tokens / ms, peak_flops(device)
-    mfu = speed * model.flops_per_token() / peak if peak else None
+    mfu = speed * flops_per_token(model) / peak if peak else None
     row = dict(step_ms=ms, tokens_per_s=speed, mfu=mfu, peak_gib=peak_gib(device))
     if arguments.profile:
         print_kernels(step, arguments.profile)

@@ -290,11 +290,11 @@ def sample_batch(tokens, block_size, batch_size, seed, step, rank=0, world_size=
     return _windows(tokens, starts[rank::world_size], block_size)
 
 
-def fixed_batches(tokens, block_size, batch_size, max_windows):
+def fixed_batches(tokens, block_size, batch_size, max_windows, rank=0, world_size=1):
     """Yield the same batches at every call: up to max_windows windows, evenly spread over the text, without overlap.
 
     The last batch is filled up with rows whose targets are -100. So all batches have one shape, which spares a
-    recompilation.
+    recompilation. Of each batch, process `rank` gets every world_size-th row.
     """
     count = min(max_windows, (len(tokens) - 1) // block_size)
     starts = np.arange(count) * ((len(tokens) - 1) // count)
@@ -302,7 +302,7 @@ def fixed_batches(tokens, block_size, batch_size, max_windows):
         rows = starts[first : first + batch_size]
         inputs, targets = _windows(tokens, np.pad(rows, (0, batch_size - len(rows))), block_size)
         targets[len(rows) :] = -100
-        yield inputs, targets
+        yield inputs[rank::world_size], targets[rank::world_size]
 
 
 def _windows(tokens, starts, block_size):

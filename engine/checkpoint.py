@@ -193,16 +193,31 @@ def load_latest(out_dir):
         return checkpoint
 
 
-class SkipInit(TorchFunctionMode):
-    """Within a `with` block, leave new parameters as they are in memory.
+def find_furthest():
+    """Find the best.pt of out/dpo, else out/sft, else out/pretrain, even where an earlier stage is newer."""
+    for stage in ("dpo", "sft", "pretrain"):
+        if (path := Path("out") / stage / BEST).exists():
+            return path
+    raise UserError("there is no model in out/ yet; python train.py makes one, or name another checkpoint")
 
-    To draw random numbers that load_weights() replaces takes a second for 50 million parameters on one core.
-    """
+
+class SkipInit(TorchFunctionMode):
+    """Within a `with` block, leave new parameters as they are in memory."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", "") == "torch.nn.init":  # all of them pass their tensor by name
             return kwargs["tensor"]
         return function(*args, **kwargs or {})
+
+
+def build_loaded(build, checkpoint):
+    """Return the model that build() makes, with a checkpoint's weights. Raises UserError as load_weights() does.
+
+    No weights are drawn before, which would take a second for 150 million parameters.
+    """
+    with SkipInit():
+        model = build()
+    return load_weights(model, checkpoint)
 
 
 def load_weights(model, checkpoint):
@@ -246,10 +261,13 @@ def check_fit(checkpoint, config, encoding):
         raise UserError(f"the checkpoint's tokenizer is {saved}, the data's {encoding.name}")
     if config.vocab_size < encoding.n_vocab:
         raise UserError(f"the checkpoint's vocabulary of {config.vocab_size} is smaller than its tokenizer's")
+    try:  # as GPTConfig, since an older checkpoint lacks newer fields
+        saved = asdict(type(config)(**{**checkpoint["config"], "attn_impl": config.attn_impl}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's config cannot be used: {error}") from error
     for name, value in asdict(config).items():
-        saved = checkpoint["config"].get(name, value)  # an older checkpoint lacks newer fields
-        if name not in ("attn_impl", "block_size") and saved != value:  # no weight depends on these two
-            raise UserError(f"the checkpoint's model has {name} {saved}, but the settings say {value}")
+        if name not in ("attn_impl", "block_size") and saved[name] != value:  # no weight depends on these two
+            raise UserError(f"the checkpoint's model has {name} {saved[name]}, but the settings say {value}")
 
 
 def init_optimizer_state(optimizer):
@@ -347,6 +365,8 @@ class Checkpointer:
             cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise UserError(f"{self.out_dir / NEWEST} is no checkpoint to resume from ({cause})") from error
         self.last_parts = checkpoint.get("parts")
+        if self.step >= self.task.settings.max_steps:
+            print(f"the run in {self.out_dir} has {self.step} steps already; a higher --max_steps adds to it")
 
     def saved_best_val_loss(self):
         """Return the loss of best.pt, which may be newer than the last checkpoint, or infinity if it cannot be read."""

@@ -34,8 +34,10 @@ def choose_device(name):
     return device
 
 
-def choose_preset(checkpoint=None):
-    """Choose the preset that fits a checkpoint's tokenizer and size, or for a new model the machine, and print why."""
+def choose_preset(preset, checkpoint=None):
+    """Return the preset. For `auto`, choose by a checkpoint's tokenizer and size, or by the machine, and print why."""
+    if preset != "auto":
+        return preset
     if checkpoint:
         tokenizer = checkpoint["data"].get("tokenizer")
         # Tied weights have one address and count once.

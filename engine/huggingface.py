@@ -46,6 +46,37 @@ def read_json(path):
     return contents
 
 
+def read_fields(given, names, allowed, optional):
+    """Read the contents of a config.json -> {our name: value} for `names`, {our name: theirs}.
+
+    Raises UserError if RoPE is scaled, if an entry has a value that is not among `allowed`, {their name: values}, of
+    which the first is assumed without an entry, or if a field that is not `optional` is missing or of another type.
+    """
+    ropes = [given.get(name) or {} for name in ("rope_scaling", "rope_parameters")]  # older and newer configs
+    for rope in ropes:
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise UserError(f"this model has no RoPE scaling, and config.json has {rope}")
+    given = given | ropes[1] | ropes[0]  # newer ones have rope_theta in there; transformers reads the older entry first
+    for name, values in allowed.items():
+        if (value := given.get(name, values[0])) not in values:
+            raise UserError(f"config.json has {name} {value}, and this model does not")
+    fields = {ours: given[theirs] for ours, theirs in names.items() if given.get(theirs) is not None}
+    for ours, value in fields.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (isinstance(value, bool) if ours == "tie_embeddings" else is_number):
+            raise UserError(f"config.json cannot be used: its {names[ours]} is {value!r}")
+    if missing := [names[name] for name in names if name not in fields and name not in optional]:
+        raise UserError(f"config.json lacks {', '.join(missing)}")
+    return fields
+
+
+def tokenizer_config(bos, eos, length, chat_template):
+    """Return the contents of a tokenizer_config.json, for texts of up to `length` tokens between `bos` and `eos`."""
+    tokens = dict(bos_token=bos, eos_token=eos, pad_token=bos)
+    kind = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+    return {**kind, **tokens, "model_max_length": length, "chat_template": chat_template}
+
+
 @contextlib.contextmanager
 def needs_safetensors():
     """Turn an ImportError into a UserError: requirements.txt does not have the package."""

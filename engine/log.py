@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
 from engine import parallel
@@ -21,6 +22,20 @@ from engine.terminal import printable
 
 WIDTH = 80  # columns of a terminal
 MAX_SKIPPED = 10  # skipped steps in a row that end a run
+
+
+def flops_per_token(model, T=None):
+    """Return the floating-point operations of one training token, forward and backward, in sequences of T tokens.
+
+    T is block_size by default. Each weight in a matrix product and each multiplication in the attention counts 6. The
+    attention's are those of the algorithm for every pair of tokens, in units of n_head * head_dim: vanilla 2 (scores
+    and values), V1 3 (its values are twice as wide), V2 4 (twice the heads). Padding is not counted.
+    """
+    config, attn = model.config, model.layers[0].attn
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    visible = (T or config.block_size) / 2  # keys a causal token sees on average
+    products = attn.q_per_head * (1 + attn.value_width) * config.n_head * config.head_dim * visible
+    return 6 * (weights + config.n_layer * products)
 
 
 class Diverged(UserError):
@@ -161,8 +176,11 @@ def summarize(task, checkpointer, log):
         text += f", {torch.cuda.max_memory_allocated(task.device) / 2**30:.1f} GiB peak memory"
     best = checkpointer.out_dir / "best.pt"
     print_line(f"{text}; best validation loss {checkpointer.best_val_loss:.4f} in {best}")
-    print_line("sample:")
-    print(textwrap.indent(printable(task.sample()), "    "))
+    if parallel.is_sharded(task.model):  # its processes would have to generate together
+        print_line(f"python sample.py --init_from {best} generates text")
+    else:
+        print_line("sample:")
+        print(textwrap.indent(printable(task.sample()), "    "))
 
 
 def print_line(text):

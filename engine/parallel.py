@@ -155,7 +155,7 @@ def shard(build, device, compile=None):
     and so are embedding and head together, in bf16 on CUDA; what is kept, summed and optimized is float32. `compile` is
     applied to the forward() of each layer and of the last norm.
     """
-    # Here, and not at the top, because it takes a second or two, which a single process need not wait for
+    # Here, and not at the top, because it takes a second or two, for which sample.py and convert.py need not wait
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     built = dict(named_tensors(build())) if RANK == 0 else {}
@@ -191,7 +191,9 @@ def scatter(value, tensor):
     like = dict(device=tensor.device, dtype=tensor.dtype)
     source = torch.empty(tensor.shape, **like) if RANK else value.detach().to(**like)
     if is_part(tensor):
-        tensor.copy_(dist.tensor.distribute_tensor(source, tensor.device_mesh, tensor.placements))
+        from torch.distributed.tensor import distribute_tensor
+
+        tensor.copy_(distribute_tensor(source, tensor.device_mesh, tensor.placements))
     else:
         dist.broadcast(source, 0)
         tensor.copy_(source)

@@ -113,14 +113,13 @@ def test_lambdas_can_be_read_back():
         expected = (a.lambda_q1 @ a.lambda_k1).exp() - (a.lambda_q2 @ a.lambda_k2).exp() + a.lambda_init
         assert value == pytest.approx(expected.item(), rel=1e-5)
 
-    v2, expected = tiny_model("v2"), []
-    with torch.no_grad():
-        x = v2.embed_tokens(idx)
+    for n_kv_layers in (0, 1):
+        v2, inputs = tiny_model("v2", n_kv_layers=n_kv_layers), {}
         for layer in v2.layers:
-            logits = layer.attn_norm(x) @ layer.attn.lambda_proj.weight.T
-            expected.append(logits.sigmoid().mean().item())
-            x, _ = layer(x, v2.rope(9))
-    assert v2.lambdas(idx) == pytest.approx(expected, rel=1e-5)
+            layer.attn.register_forward_pre_hook(lambda module, args, read=inputs: read.update({module: args[0]}))
+        v2(idx)
+        expected = [(x @ attn.lambda_proj.weight.T).sigmoid().mean().item() for attn, x in inputs.items()]
+        assert v2.lambdas(idx) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_subclass_with_another_lambda(monkeypatch):

@@ -11,6 +11,7 @@ import torch.nn as nn
 from small import Killed, kill_at, log_of, pretrain, same, tiny_config, weights_of
 
 import train
+from engine.log import flops_per_token
 from model import ATTENTION, GPT, GPTConfig
 
 
@@ -43,7 +44,7 @@ def test_parameters_and_flops_of_the_recipe(attn, attention_products, n_kv_layer
     per_layer = (q + 1) * 768**2 + 3 * 768 * s.n_inner + (768 * 6 if attn == "v2" else 0)
     products = 12 * per_layer + n_kv_layers * 2 * 768**2 + 768 * 50304  # the embedding is looked up, not multiplied
     scores_and_values = 12 * attention_products * 768 * (2048 / 2)
-    assert model.flops_per_token() == 6 * (products + scores_and_values)
+    assert flops_per_token(model) == 6 * (products + scores_and_values)
 
 
 def test_learning_rate_schedule():

@@ -23,10 +23,11 @@ import torch
 from data.chat import render_prompt
 from data.tokenizer import END_OF_TEXT
 from engine import parallel
+from engine.checkpoint import find_furthest
 from engine.device import choose_device
 from engine.generate import Decoder
 from engine.terminal import printable
-from sample import ENDS, furthest_checkpoint, load_model
+from sample import ENDS, load_model
 from viewer.maps import layer_maps, read, summarize
 
 MAX_TOKENS = 512  # of a text, beside the one that begins it: maps are quadratic
@@ -244,7 +245,7 @@ def main():
     except (OSError, OverflowError) as error:  # it is taken, or no port
         raise UserError(f"port {arguments.port}: {error}; --port names another") from error
     with server:
-        server.viewer = Viewer(arguments.checkpoint or [furthest_checkpoint()])
+        server.viewer = Viewer(arguments.checkpoint or [find_furthest()])
         print(f"http://127.0.0.1:{server.server_port}/", flush=True)
         try:
             server.serve_forever()

@@ -32,10 +32,10 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def tiny_model(attn, heads="multi-head", std=0.3):
+def tiny_model(attn, heads="multi-head", std=0.3, **changes):
     """A model whose weights are large enough for attention to be far from uniform."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(attn=attn, **{**SHAPE, **HEADS[heads]}))
+    model = GPT(GPTConfig(attn=attn, **{**SHAPE, **HEADS[heads], **changes}))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return model.requires_grad_(False)
@@ -104,23 +104,24 @@ def test_maps_are_float32_under_autocast(attn):
     torch.testing.assert_close(first, attention_maps(q.float(), k.float(), 8**-0.5))
 
 
+@pytest.mark.parametrize("n_kv_layers", [0, 1])
 @pytest.mark.parametrize("attn", ATTENTION)
-def test_every_layer_reads_what_it_reads_in_the_model(float64, attn):
-    model, idx, read = tiny_model(attn), torch.randint(256, (1, 9)), []
+def test_every_layer_reads_what_it_reads_in_the_model(float64, attn, n_kv_layers):
+    model, idx, read = tiny_model(attn, n_layer=3, n_kv_layers=n_kv_layers), torch.randint(256, (1, 9)), []
     for layer in model.layers:
-        layer.attn.register_forward_pre_hook(lambda module, args: read.append((module, *args[:2])))
+        layer.attn.register_forward_pre_hook(lambda module, args: read.append((module, *args)))
     measured = list(probes.layer_maps(model, idx, slice(2, 5)))
     model(idx)
-    assert len(measured) == 2
-    for (maps, values), (module, x, rope) in zip(measured, read[-2:]):
-        first, second, factor = differential_maps(module, x, rope, slice(2, 5))
+    assert len(measured) == 3
+    for (maps, values), (module, x, rope, _, shared) in zip(measured, read[-3:]):
+        first, second, factor = differential_maps(module, x, rope, slice(2, 5), shared)
         expected = {"weights": first}
         if attn != "vanilla":
             expected = {"weights": first - factor * second, "first": first, "second": second}
         assert list(maps) == list(expected)
         for kind in maps:
             torch.testing.assert_close(maps[kind], expected[kind])
-        torch.testing.assert_close(values, module.qkv(x, rope)[2])
+        torch.testing.assert_close(values, module.qkv(x, rope, shared)[2])
 
 
 # ------------------------------------------------------------------------------------- needle texts

@@ -1,12 +1,14 @@
 """Loading checkpoints. Whole runs that resume are in tests/test_train.py and tests/robustness/."""
 
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from small import base_model, save_model, tiny_model
 
-from engine.checkpoint import FORMAT, load_checkpoint, load_weights
+from data.tokenizer import get_tokenizer
+from engine.checkpoint import FORMAT, check_fit, load_checkpoint, load_weights
 from engine.settings import UserError
 from sample import load_model
 
@@ -43,3 +45,14 @@ def test_a_model_that_is_loaded_draws_no_weights(tmp_path, attn):
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     assert torch.equal(loaded.rope_cos, model.rope_cos)
+
+
+def test_an_older_checkpoint_fits_what_its_model_was():
+    """It lacks n_kv_layers, and every layer of it has keys."""
+    encoding = get_tokenizer("bytes")
+    config = base_model().config
+    older = {name: value for name, value in asdict(config).items() if name != "n_kv_layers"}
+    checkpoint = {"config": older, "data": {"tokenizer": encoding.name}}
+    check_fit(checkpoint, config, encoding)
+    with pytest.raises(UserError, match="the checkpoint's model has n_kv_layers 2, but the settings say 1"):
+        check_fit(checkpoint, replace(config, n_kv_layers=1), encoding)

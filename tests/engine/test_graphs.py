@@ -64,6 +64,22 @@ def test_layers_compile_without_graph_breaks_once_for_all_shapes(attn, monkeypat
     assert 1 <= len(graphs) <= 2  # the first layer, whose input has no gradient, and all the others
 
 
+def test_layers_with_shared_keys_stay_within_the_limit_of_programs(monkeypatch):
+    """Three kinds of layers, in training and validation, with adapters and without, as in DPO, for several shapes."""
+    model = apply_lora(tiny_model("v2", n_layer=4, n_kv_layers=2, block_size=96), 4, 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile(f, dynamic=dynamic, backend="eager"))
+    compile_layers(model)
+    for B, T in ((1, 20), (2, 20), (3, 30)):
+        idx = torch.zeros(B, T, dtype=torch.long)
+        model(idx, idx)[1].backward()
+        with torch.no_grad():
+            model(idx)
+            with disable_lora(model):
+                model(idx)
+
+
 def test_copy_with_frozen_matrices_in_bf16():
     model = apply_lora(tiny_model("v1"), rank=4, alpha=8)
     copied = bf16_copy(model, torch.device("cpu"))

@@ -285,7 +285,7 @@ CHECKPOINTS = [
      "rope_theta must be a number above 0, not nan"),
     ("attention in a list", checkpoint("out/sft/best.pt", "config", attn=[]), "sample", "attn must be one of .* not"),
     ("pretraining from a config in words", checkpoint("out/pretrain/best.pt", "config", "b.pt", n_inner="one"),
-     "train --init_from b.pt --n_inner 16", "the checkpoint's model has n_inner one, but the settings say 16"),
+     "train --init_from b.pt --n_inner 16", "checkpoint's config cannot be used: n_inner must be at least 1 and whole"),
     ("pretraining from heads in words", checkpoint("out/pretrain/best.pt", "config", "b.pt", n_kv_head="one"),
      "train --init_from b.pt", "n_kv_head must be at least 1 and whole, not 'one'"),
     ("model of another shape", None, "train --init_from out/pretrain/best.pt --n_layer 2",
