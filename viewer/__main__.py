@@ -106,15 +106,16 @@ class Viewer:
 
     def prompt(self, body):
         """Encode the text or the messages of a request -> ids, which begin as in sample.py."""
-        try:
-            if "messages" in body:
-                ids = render_prompt(body["messages"], self.encoding)
-            else:
-                ids = [self.encoding.encode_single_token(END_OF_TEXT), *self.encoding.encode_ordinary(body["text"])]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError("a request needs a text, or messages: [[role, text], ...]") from error
+        text, messages = body.get("text"), body.get("messages")
+        if isinstance(text, str):
+            ids = [self.encoding.encode_single_token(END_OF_TEXT), *self.encoding.encode_ordinary(text)]
+        elif isinstance(messages, list) and all(map(is_message, messages)):
+            ids = render_prompt(messages, self.encoding)
+        else:
+            raise UserError("a request needs a text, or messages: [[role, text], ...]")
         if len(ids) > self.limit:
-            raise UserError(f"the text is too long: it has {len(ids)} tokens, and there is room for {self.limit}")
+            what = "text is too long" if messages is None else "chat is full, and New chat begins another"
+            raise UserError(f"the {what}: it has {len(ids)} tokens, and there is room for {self.limit}")
         return ids
 
     def keep(self, ids, start):
@@ -136,6 +137,12 @@ class Viewer:
     def labels(self, ids):
         """Return what each token stands for. Bytes that are only a part of a character are escaped."""
         return [self.encoding.decode_single_token_bytes(token).decode(errors="backslashreplace") for token in ids]
+
+
+def is_message(message):
+    """Return True for [role, text]."""
+    is_pair = isinstance(message, list) and [*map(type, message)] == [str, str]
+    return is_pair and message[0] in ("system", "user", "assistant")
 
 
 def number(body, name, low, high, kinds=(int,)):
@@ -177,6 +184,8 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.closing(chunks):  # if the client leaves, its text ends, and others have their turn
             try:
                 status, chunk = 200, next(chunks)
+            except (ConnectionError, TimeoutError):  # the client has left, or is too slow
+                raise
             except Exception as error:
                 status, kind = 400 if isinstance(error, UserError) else 500, "application/json"
                 chunk = line(error=report(error))
@@ -206,13 +215,22 @@ class Handler(BaseHTTPRequestHandler):
         if name not in ANSWERS:
             raise UserError("there is nothing here")
         try:
-            body = dict(json.loads(body))
-        except (TypeError, ValueError, RecursionError) as error:
+            body = json.loads(body)
+            if not isinstance(body, dict):
+                raise ValueError
+        except (ValueError, RecursionError) as error:
             raise UserError("the request is not a JSON object") from error
         chunks = getattr(viewer, name)(body)
-        with contextlib.nullcontext() if name == "stop" else viewer.turn:
-            while chunk := viewer.thread.submit(next, chunks, None).result():
-                yield chunk
+        if name == "stop":
+            yield from chunks
+        elif name == "write":  # token by token
+            with viewer.turn:
+                while (chunk := viewer.thread.submit(next, chunks, None).result()) is not None:
+                    yield chunk
+        else:  # as a whole, so that a slow client keeps nobody waiting, and an error comes instead of a part
+            with viewer.turn:
+                whole = viewer.thread.submit(b"".join, chunks).result()
+            yield whole
 
     def check_host(self):
         """Refuse other names of this computer. A foreign page could give it one of its own, and read the answers."""
@@ -223,12 +241,16 @@ class Handler(BaseHTTPRequestHandler):
     def log_request(self, *arguments):
         """Print nothing: on stderr are errors alone."""
 
+    def log_error(self, format, *arguments):
+        if "timed out" not in format:  # a connection without a request, which browsers keep ready
+            super().log_error(format, *arguments)
+
 
 class Server(ThreadingHTTPServer):
     """A server for this computer alone, to which main() gives a `viewer`."""
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):  # the client has left, or is too slow
+        if not isinstance(sys.exception(), ConnectionError):  # the client has left
             report(sys.exception())
 
 

@@ -33,8 +33,8 @@ def layer_maps(model, calls, layer):
 
     The weights that multiply the values are first - factor * second. The plain Transformer has first alone.
     """
-    x, rope, _, *shared = calls[layer]  # shared: the keys and values of a layer below, if it reads those
-    maps = differential_maps(model.layers[layer].attn, x, rope, slice(None), *shared)
+    x, rope, _, shared = calls[layer]  # shared: the keys and values of a layer below, if it reads those
+    maps = differential_maps(model.layers[layer].attn, x, rope, slice(None), shared)
     return [kind[0] for kind in maps if kind is not None]
 
 

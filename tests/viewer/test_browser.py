@@ -241,12 +241,40 @@ def test_stopping(page, servers, monkeypatch):
     page.type("#text", "fox")
     page.click("#write")
     page.wait("document.querySelectorAll('#tokens span.written').length > 1")
-    assert page.run("document.getElementById('read').disabled")
+    assert page.run("document.getElementById('read').disabled && document.getElementById('text').readOnly")
     page.run("document.getElementById('form').requestSubmit()")  # as Ctrl-Enter does
     assert text_of(page, "#status").startswith("Writing, ")
     page.click("#stop")
     page.wait(f"document.getElementById('stop').disabled && {READY}")
     assert 1 < page.run("document.querySelectorAll('#tokens span.written').length") < 60
+    assert not page.run("document.getElementById('text').readOnly")
+
+
+def test_stop_is_for_the_text_of_this_window(page, servers):
+    """While this one waits for its turn, it would end another's."""
+    page, turn = page("v2"), servers["v2",].viewer.turn
+    with turn:
+        page.click("#write")
+        page.wait("document.getElementById('read').disabled")
+        assert page.run("document.getElementById('stop').disabled")
+    page.wait(READY)
+
+
+def test_a_place_in_the_text_before(page):
+    """Under the mouse may still be a map with more rows."""
+    page = page("v2")
+    read(page, "fox")
+    page.run("look(50)")
+    assert ", token 3" in text_of(page, ".lambda")
+
+
+@pytest.mark.parametrize("field, writes", [("#seed", True), ("#text", False)])
+def test_enter_in_a_number_writes(page, field, writes):
+    page = page("v2")
+    page.focus(field)
+    page.press("Enter")
+    page.wait(READY)
+    assert (page.run("document.querySelectorAll('#tokens span.written').length") > 0) == writes
 
 
 def test_chat(page):

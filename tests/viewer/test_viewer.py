@@ -350,6 +350,24 @@ def test_error_while_reading(one, monkeypatch, capfd):
     assert capfd.readouterr().err.splitlines() == ["error: ZeroDivisionError: division by zero"]
 
 
+def test_error_amid_the_maps(one, monkeypatch):
+    """No part of them is sent."""
+    reading = one.read("a")["reading"]
+    monkeypatch.setattr(viewer, "layer_maps", lambda *call: [torch.zeros(3), None])
+    status, contents = one.post("/maps", reading=reading, model=0, layer=0)
+    assert status == 500 and "NoneType" in json.loads(contents)["error"]
+
+
+def test_a_slow_client_keeps_nobody_waiting(one, monkeypatch):
+    """It does not read its maps, which are more than a connection holds."""
+    monkeypatch.setattr(viewer.Viewer, "maps", lambda self, body: iter([bytes(50_000_000)]))
+    head = f"POST /maps HTTP/1.0\r\nHost: localhost:{one.port}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", one.port)) as connection:
+        connection.sendall(head.encode() + b"Content-Length: 2\r\n\r\n{}")
+        assert connection.recv(10)
+        assert one.read("a")["tokens"][-1] == "a"  # else it would fail after 20 s
+
+
 # ------------------------------------------------------------------------------------- wrong requests
 
 JSON = {"Content-Type": "application/json"}
@@ -376,6 +394,9 @@ REQUESTS = {  # method, path, body, headers
     "negative_length": ("POST", "/read", "{}", {**JSON, "Content-Length": "-1"}),
     "messages": ("POST", "/read", '{"messages": [["user"]]}', JSON),
     "message_of_another_type": ("POST", "/read", '{"messages": [["user", 1]]}', JSON),
+    "no_role": ("POST", "/read", '{"messages": [["robot", "a"]]}', JSON),
+    "message_in_letters": ("POST", "/read", '{"messages": ["ab"]}', JSON),
+    "pairs": ("POST", "/describe", '[["text", "a"]]', JSON),
     "no_messages": ("POST", "/read", '{"messages": {"a": 1}}', JSON),
     "no_reading": ("POST", "/maps", '{"model": 0, "layer": 0}', JSON),
     "unknown_reading": ("POST", "/maps", '{"reading": 999, "model": 0, "layer": 0}', JSON),
