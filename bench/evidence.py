@@ -81,9 +81,10 @@ def print_cost(logs, runs, group):
 
 
 def large(logs, runs, folder):
-    plain = read_log(logs, "large/vanilla-1")
+    first = next(name for name in runs if name.startswith("large/vanilla-"))
+    plain = read_log(logs, first)
     steps = plain["step"][~np.isnan(plain["val_loss"])]
-    steps = steps[steps >= runs["large/vanilla-1"].settings.warmup_steps]  # before, it falls too steeply to interpolate
+    steps = steps[steps >= runs[first].settings.warmup_steps]  # before, it falls too steeply to interpolate
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     losses, differences, norms = [], [], []
     for kind, name in NAMES.items():

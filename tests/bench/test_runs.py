@@ -95,9 +95,9 @@ def test_the_runs_on_the_large_corpus():
         assert all(step % plan.settings.eval_interval == 0 for step in evidence.STEPS)
         assert plan.settings.learning_rate == runs.BEST_RATE[plan.settings.attn]
         assert plan.probe_texts == (0 if "wide" in name or "half" in name else 64)
-    wide, usual = (planned[f"large/{kind}-2"].settings for kind in ("v1-wide", "v1"))
+    wide, usual = (planned[f"large/{kind}-4"].settings for kind in ("v1-wide", "v1"))
     assert (wide.n_head, wide.head_dim) == (6, 128) and replace(wide, n_head=12, head_dim=64) == usual
-    half, usual = (planned[f"large/{kind}-2"].settings for kind in ("v2-half", "v2"))
+    half, usual = (planned[f"large/{kind}-4"].settings for kind in ("v2-half", "v2"))
     assert half.n_kv_layers == 6 and replace(half, n_kv_layers=0, n_inner=half.n_inner - 256) == usual
     assert {plan.settings.learning_rate for plan in groups["fair"].values()} == {3e-4, 6e-4, 1.2e-3}
     assert {plan.settings.learning_rate for plan in groups["stable"].values()} == {2e-3}
@@ -119,7 +119,7 @@ def test_a_small_test_has_some_of_every_group_and_what_they_start_from(tmp_path,
     whole = runs.planned_runs("docs", "out")
     assert {name.split("/")[0] for name in chosen} == {name.split("/")[0] for name in whole} and len(chosen) < 50
     assert all(plan.after in chosen for plan in chosen.values() if plan.after)
-    assert {f"large/{attn}-1" for attn in (*runs.KINDS, "v1-wide")} <= chosen.keys()
+    assert {f"large/{attn}-4" for attn in (*runs.KINDS, "v1-wide")} <= chosen.keys()
 
 
 def test_the_runs_of_smollm2():
