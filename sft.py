@@ -23,7 +23,7 @@ from engine.attention import check_impl
 from engine.checkpoint import Checkpointer, load_init_from, load_weights, resume_settings, run_folder
 from engine.device import autocast, choose_device, choose_preset, oom_advice
 from engine.generate import Decoder
-from engine.graphs import GraphedForwardBackward, bf16_copy, compile_layers, wants_compile
+from engine.graphs import GraphedForwardBackward, bf16_copy, compile_for_tuning, uncompiled, wants_compile
 from engine.log import Log, describe, progress, summarize
 from engine.loss import token_cross_entropy
 from lora import apply_lora, load_lora, lora_state_dict, merge_lora
@@ -178,7 +178,7 @@ class SFT:
 
         self.graphed = None
         if wants_compile(s.compile, self.device):
-            compile_layers(self.model)
+            compile_for_tuning(self.model)
             # Activation checkpointing reads random states, which no graph can record; it is for models so large that
             # launching their kernels takes no time.
             if self.device.type == "cuda" and not s.activation_checkpointing:
@@ -238,7 +238,7 @@ class SFT:
         prompt = self.val_examples.ids[: self.val_examples.mask.argmax()].astype(np.int64)  # up to the first answer
         idx = torch.from_numpy(prompt)[None].to(self.device)
         options = dict(temperature=0.8, top_k=50, n_vocab=self.encoding.n_vocab)
-        with autocast(self.device), torch.compiler.set_stance("force_eager"):  # no program for every new length
+        with autocast(self.device), uncompiled():
             stream = Decoder(self.model, 1, self.block_size, **options).stream(idx, max_new_tokens)
             answer = list(itertools.takewhile(lambda token: token != end, (token.item() for token in stream)))
         return self.encoding.decode([*prompt, *answer], errors="replace")

@@ -22,7 +22,7 @@ from engine import parallel
 from engine.attention import ATTENTION_IMPLS, check_impl
 from engine.checkpoint import Checkpointer, check_fit, load_init_from, load_weights, resume_settings, run_folder
 from engine.device import autocast, choose_device, choose_preset, oom_advice
-from engine.graphs import wants_compile
+from engine.graphs import compile_model, uncompiled
 from engine.log import Log, describe, flops_per_token, print_line, progress, summarize
 from model import ATTENTION, GPT, GPTConfig, pad_vocab
 
@@ -55,7 +55,7 @@ class CommonSettings:
     save_interval: int = flag(250, "steps between checkpoints", minimum=1)
     log_interval: int = flag(10, "steps between lines on the screen", minimum=1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    compile: str = flag("auto", "torch.compile; auto: on with CUDA", choices=("auto", "on", "off"))
+    compile: str = flag("auto", "torch.compile, layer by layer; auto: on with CUDA", choices=("auto", "on", "off"))
     attn_impl: str = flag("auto", "attention kernel; naive: plain PyTorch, for reading", choices=ATTENTION_IMPLS)
 
 
@@ -76,6 +76,10 @@ class Settings(CommonSettings):
     n_inner: int = flag(1664, "width of the SwiGLU, by --attn", minimum=1)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output layer")
     weight_decay: float = flag(0.1, "of AdamW", minimum=0)
+    compile: str = flag(
+        "auto", "torch.compile, layer by layer; auto: on with CUDA; whole: the model at once, for long runs",
+        choices=("auto", "on", "whole", "off"),
+    )  # fmt: skip
     eval_windows: int = flag(64, "sequences to validate on, always the same", minimum=1, fixed=True)
 
 
@@ -309,8 +313,8 @@ class Pretraining:
             return model.set_activation_checkpointing(s.activation_checkpointing)
 
         torch.manual_seed(s.seed)
-        compiles = wants_compile(s.compile, self.device)
-        self.model, self.compiled = parallel.build_on_device(build, self.device, compiles)
+        self.model = parallel.build_on_device(build, self.device)
+        self.compiled = compile_model(self.model, s.compile, self.device)
         parallel.sync_grads_on_last_micro_batch(self.model, s)
         self.flops_per_unit = flops_per_token(self.model)
 
@@ -330,14 +334,14 @@ class Pretraining:
         total, num_tokens = 0.0, 0
         for inputs, targets in progress(self.val_batches, "validating"):
             count = (targets != -100).sum().item()
-            with autocast(self.device):
-                _, loss = self.compiled(inputs.to(self.device), targets.to(self.device))
+            with autocast(self.device), uncompiled():
+                _, loss = self.model(inputs.to(self.device), targets.to(self.device))
             if count:  # some processes may have filling alone, whose loss is NaN
                 total, num_tokens = total + loss.float() * count, num_tokens + count
         sums = parallel.all_reduce_sum({"total": total, "num_tokens": num_tokens}, self.device)
         loss = (sums["total"] / sums["num_tokens"]).item()
         text = f"    validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
-        with autocast(self.device):
+        with autocast(self.device), uncompiled():
             lambdas = self.model.lambdas(self.val_batches[0][0][:1].to(self.device))
         if lambdas:
             text += "; lambda by layer " + " ".join(f"{value:.2f}" for value in lambdas)
@@ -347,7 +351,7 @@ class Pretraining:
         """Generate the beginning of a new document."""
         start = torch.tensor([[self.encoding.encode_single_token(END_OF_TEXT)]], device=self.device)
         options = dict(temperature=0.8, top_k=50, n_vocab=self.encoding.n_vocab)
-        with autocast(self.device):
+        with autocast(self.device), uncompiled():
             ids = self.model.generate(start, max_new_tokens, **options)
         return self.encoding.decode(ids[0, 1:].tolist(), errors="replace")
 

@@ -28,7 +28,7 @@ from data.dataset import prefetch
 from engine import parallel
 from engine.attention import flash_attn_func, kernels
 from engine.device import autocast, choose_device, synchronize
-from engine.graphs import wants_compile
+from engine.graphs import compile_model
 from model import GPT, GPTConfig, pad_vocab
 
 GPT2_VOCAB = 50257
@@ -106,12 +106,10 @@ def training_step(config, tokens, device, compile, loss=chunked_loss, activation
     torch.manual_seed(1)
 
     def build():
-        default = torch.get_default_device()  # meta, where parallel.shard wants shapes only
-        with default if default.type == "meta" else device:  # a GPU draws random numbers quickly
-            model = GPT(config)
-        return model.set_activation_checkpointing(activation_checkpointing)
+        return GPT(config).set_activation_checkpointing(activation_checkpointing)
 
-    model, compiled = parallel.build_on_device(build, device, wants_compile(compile, device))
+    model = parallel.build_on_device(build, device)
+    compiled = compile_model(model, compile, device)
     optimizer = train.make_optimizer(model, weight_decay=0.1)
     rows = batch_size(tokens, config.block_size) // parallel.WORLD_SIZE
     ids = torch.randint(256, (rows, config.block_size + 1), device=device)

@@ -50,7 +50,7 @@ FLAGS = dict(
     length=dict(nargs="+", type=positive_int, default=[2048, 8192, 32768], help="context lengths"),
     tokens=dict(type=positive_int, default=65536, help="tokens of a batch, which has tokens / length rows"),
     attn_impl=dict(default="auto", choices=ATTENTION_IMPLS, help="attention kernel"),
-    compile=dict(default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: with a GPU"),
+    compile=dict(default="auto", choices=("auto", "on", "whole", "off"), help="torch.compile, as in train.py"),
     profile=dict(type=positive_int, metavar="N", help="list the N kernels that take most of a step's time"),
     loop=dict(action="store_true", help="also time train.py's own loop: loading, logging, validation"),
 )

@@ -8,31 +8,54 @@ import torch.nn as nn
 
 
 def wants_compile(mode, device):
-    """Return True if the flag --compile (auto, on, off) asks for torch.compile on this device."""
-    return mode == "on" or (mode == "auto" and device.type == "cuda")
+    """Return True if the flag --compile (auto, on, whole, off) asks for torch.compile on this device."""
+    return mode in ("on", "whole") or (mode == "auto" and device.type == "cuda")
 
 
-def compile_model(model):
-    """Compile a model, or the forward() of a layer.
+def compile_model(model, mode, device):
+    """Compile a model as --compile asks -> what to call in training: the model itself, but for the mode `whole`."""
+    if mode == "whole":
+        configure_compiler()
+        return torch.compile(model)
+    if wants_compile(mode, device):
+        compile_layers(model)
+    return model
+
+
+def compile_layers(model, **options):
+    """Compile the forward() of each layer and of the last norm, in place. PyTorch calls it regional compilation.
+
+    Layers of one kind share a program, so that this takes a third of the time that a whole model takes. `options` are
+    torch.compile's.
+    """
+    configure_compiler()
+    for module in (*model.layers, model.norm):
+        module.forward = torch.compile(module.forward, **options)
+
+
+def compile_for_tuning(model):
+    """Compile the layers of a model, in place, for batches of any shape.
+
+    Each operation rounds to bf16 as it does uncompiled: DPO's policy and reference are different programs, whose
+    results must not differ where their weights do not.
+    """
+    torch._dynamo.config.specialize_float = True  # else LoRA's scale is computed anew, on the CPU
+    compile_layers(model, dynamic=True, options={"emulate_precision_casts": True})
+
+
+def configure_compiler():
+    """Let the compiler make enough programs, and keep few activations.
 
     The backward pass may recompute cheap things that feed a matrix product, like norms, instead of keeping them: a
     fifth less memory, about 1 % slower.
     """
     torch._dynamo.config.recompile_limit = 32  # with n_kv_layers there are three kinds of layers, and modes of each
     torch._functorch.config.ban_recompute_materialized_backward = False
-    return torch.compile(model)
 
 
-def compile_layers(model):
-    """Compile the layers of a model, in place, for batches of any shape.
-
-    Each operation rounds to bf16 as it does uncompiled: DPO's policy and reference are different programs, whose
-    results must not differ where their weights do not.
-    """
-    torch._dynamo.config.recompile_limit = 32  # see compile_model()
-    torch._dynamo.config.specialize_float = True  # else LoRA's scale is computed anew, on the CPU
-    for layer in model.layers:  # they share a program; one for a whole model of many shapes would take minutes
-        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+def uncompiled():
+    """Return a context in which compiled functions run uncompiled, where a program of its own would not pay."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def bf16_copy(model, device):

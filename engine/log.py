@@ -17,6 +17,7 @@ from tqdm import tqdm
 from engine import parallel
 from engine.device import peak_flops, synchronize
 from engine.files import atomic_write
+from engine.graphs import wants_compile
 from engine.settings import UserError
 from engine.terminal import printable
 
@@ -61,6 +62,9 @@ def describe(task):
     if task.flops_per_unit:
         size += f", {si(task.flops_per_unit)} FLOPs a {task.unit.removesuffix('s')}"
     print_line(f"model: {task.model.config.attn}, {size}, on {machine}")
+    if wants_compile(task.settings.compile, task.device):
+        seconds = 60 if task.settings.compile == "whole" else 15
+        print_line(f"compiling before the first step, for about {seconds} seconds; a second run takes less")
 
 
 class Log:

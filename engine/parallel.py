@@ -17,7 +17,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from engine.graphs import compile_model
 from engine.settings import UserError
 
 # What torchrun tells each process. Clusters set the same names for other programs, so they count under torchrun alone.
@@ -136,36 +135,31 @@ def check_batch_size(settings):
 # Sharded models
 
 
-def build_on_device(build, device, compiles):
-    """Build a model on its device -> the model, and what to call in training: itself or its compiled form.
+def build_on_device(build, device):
+    """Build a model on its device, which draws random numbers quickly if it is a GPU. Several processes shard it.
 
-    With several processes it is sharded, and its layers are compiled one by one.
+    Each process builds the whole model before it keeps its part, at 4 bytes a parameter for a moment. All draw the same
+    numbers.
     """
-    if WORLD_SIZE > 1:
-        model = shard(build, device, compile_model if compiles else None)
-        return model, model
-    model = build().to(device)
-    return model, compile_model(model) if compiles else model
+    with torch.device(device if device.type == "cuda" else "cpu"):
+        model = build()
+    model = model.to(device)
+    return shard(model) if WORLD_SIZE > 1 else model
 
 
-def shard(build, device, compile=None):
-    """Shard the model that build() returns over all processes, with the values that it has in one process (FSDP2).
+def shard(model):
+    """Shard a model that all processes have over them (FSDP2). Returns the model.
 
-    Process 0 builds it whole on its CPU, the others build its shapes only. Each layer is gathered while it computes,
-    and so are embedding and head together, in bf16 on CUDA; what is kept, summed and optimized is float32. `compile` is
-    applied to the forward() of each layer and of the last norm.
+    Each layer is gathered while it computes, and so are embedding and head together, in bf16 on CUDA; what is kept,
+    summed and optimized is float32.
     """
     # Here, and not at the top, because it takes a second or two, for which sample.py and convert.py need not wait
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    built = dict(named_tensors(build())) if RANK == 0 else {}
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # that weights loaded there have no effect
-        model = build()
-    mesh = dist.init_device_mesh(device.type, (WORLD_SIZE,))
-    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
+    kind = model.rope_cos.device.type
+    mesh = dist.init_device_mesh(kind, (WORLD_SIZE,))
+    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if kind == "cuda" else {}
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)  # the rotary tables stay float32
-    for module in (*model.layers, model.norm) if compile else ():
-        module.forward = compile(module.forward)
     for module in (*model.layers, model):
         # A layer that keeps its activations for the backward pass can stay gathered until then as well.
         reshard = getattr(module, "activation_checkpointing", False)
@@ -173,16 +167,7 @@ def shard(build, device, compile=None):
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(module, "lambdas" if module is model else "lam")
-    model.to_empty(device=device)
-    for name, tensor in named_tensors(model):
-        scatter(built.get(name), tensor)
     return model
-
-
-def named_tensors(model):
-    """Yield the name and tensor of every parameter and buffer."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 @torch.no_grad()

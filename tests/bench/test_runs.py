@@ -354,7 +354,7 @@ def test_small_runs_are_about_the_same_thing():
         assert (small.task_class, small.bare, small.after) == (plan.task_class, plan.bare, plan.after)
         assert (small.settings.dataset, small.settings.max_steps) == ("tiny", 4)
         assert (small.noise, small.full_log) == (plan.noise, plan.full_log)
-        for name in ("attn", "attn_impl", "compile", "learning_rate"):
+        for name in ("attn", "attn_impl", "learning_rate"):
             assert getattr(small.settings, name) == getattr(plan.settings, name)
 
 
@@ -540,8 +540,7 @@ def test_every_ingredient_is_what_it_says(without, monkeypatch):
 
     monkeypatch.setattr(bench, "GPT", build)
     monkeypatch.setattr(table2, "plain_loss", counted("plain loss", table2.plain_loss))
-    monkeypatch.setattr(bench, "wants_compile", lambda mode, device: mode == "auto")
-    monkeypatch.setattr(parallel, "compile_model", counted("compiled", lambda model: model))
+    monkeypatch.setattr(bench, "compile_model", lambda model, mode, _: seen.update(compiled=mode == "auto") or model)
     arguments = types.SimpleNamespace(length=16, tokens=32, smoke=True)
     ingredients = [name for name in table2.INGREDIENTS if name != without]
     table2.step_with("v1", ingredients, arguments, torch.device("cpu"))()

@@ -197,12 +197,14 @@ def test_a_prepared_model_computes_the_same_and_keeps_its_weights(float64, attn,
 @needs_gpu
 @pytest.mark.parametrize("rows", [1, 3])  # products of a single row are compiled to kernels of their own
 @pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("n_kv_layers", [0, 1])
 @pytest.mark.parametrize("attn", ATTENTION)
 @torch.no_grad()
-def test_gpu_generation_replays_a_graph(attn, compile, rows):
+def test_gpu_generation_replays_a_graph(attn, n_kv_layers, compile, rows):
     """In bf16 the likeliest token may differ where two are close, so every choice has to be nearly the best."""
-    model = tiny_model(attn, "grouped", head_dim=32, block_size=64).cuda()
-    exact = tiny_model(attn, "grouped", head_dim=32, block_size=64, attn_impl="naive").double().cuda()
+    shape = dict(head_dim=32, block_size=64, n_kv_layers=n_kv_layers)
+    model = tiny_model(attn, "grouped", **shape).cuda()
+    exact = tiny_model(attn, "grouped", **shape, attn_impl="naive").double().cuda()
     idx = torch.randint(64, (rows, 5), device="cuda")
     out = prepare_for_inference(model).generate(idx, 50, temperature=0, compile=compile)
     logits = exact(out[:, :-1])[0][:, 4:]

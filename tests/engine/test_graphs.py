@@ -7,7 +7,7 @@ import torch
 from small import STAGES, log_of, tiny_model, tune, weights_of, write_tuning_data
 
 import sft
-from engine.graphs import bf16_copy, compile_layers, compile_model
+from engine.graphs import bf16_copy, compile_for_tuning, compile_model
 from lora import apply_lora, disable_lora, lora_state_dict
 from model import ATTENTION
 
@@ -22,12 +22,14 @@ def no_programs():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("mode", ["on", "whole"])
 @pytest.mark.parametrize("attn", ATTENTION)
-def test_a_compiled_model_has_the_same_loss_and_gradients(attn, monkeypatch):
-    """Without code generation, for which not every machine has a compiler; whole, so that a graph break is an error."""
+def test_a_compiled_model_has_the_same_loss_and_gradients(attn, mode, monkeypatch):
+    """Without code generation, for which not every machine has a compiler. A graph break is an error."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     model, idx, gradients = tiny_model(attn, n_layer=2, n_kv_layers=1), torch.randint(64, (2, 16)), []
-    for module in (model, compile_model(model)):
+    for compile in (False, True):
+        module = compile_model(model, mode, torch.device("cpu")) if compile else model
         module(idx, idx)[1].backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
@@ -57,11 +59,11 @@ def test_layers_compile_without_graph_breaks_once_for_all_shapes(attn, monkeypat
     compile = torch.compile
     for_test = dict(fullgraph=True, backend=backend)
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile(f, dynamic=dynamic, **for_test))
-    compile_layers(model)
+    compile_for_tuning(model)
     for B, T in ((2, 20), (3, 30), (4, 50), (5, 64)):
         idx, positions = torch.zeros(B, T, dtype=torch.long), torch.arange(T)
         (-sft.token_logps(model, idx, positions, positions % 64).sum()).backward()
-    assert 1 <= len(graphs) <= 2  # the first layer, whose input has no gradient, and all the others
+    assert len(graphs) == 3  # the first layer, whose input has no gradient, all the others, and the last norm
 
 
 def test_layers_with_shared_keys_stay_within_the_limit_of_programs(monkeypatch):
@@ -70,7 +72,7 @@ def test_layers_with_shared_keys_stay_within_the_limit_of_programs(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile(f, dynamic=dynamic, backend="eager"))
-    compile_layers(model)
+    compile_for_tuning(model)
     for B, T in ((1, 20), (2, 20), (3, 30)):
         idx = torch.zeros(B, T, dtype=torch.long)
         model(idx, idx)[1].backward()
