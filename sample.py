@@ -51,8 +51,8 @@ def load_model(path, device, attn_impl="auto"):
     """Load the model of a checkpoint for inference -> the model, its tokenizer, the checkpoint."""
     checkpoint = load_checkpoint(path)
     config, encoding = load_config(checkpoint, attn_impl)
-    model = build_loaded(lambda: GPT(config), checkpoint)
-    return prepare_for_inference(model.to(device)), encoding, checkpoint
+    model = parallel.build_on_device(lambda: build_loaded(lambda: GPT(config), checkpoint), device)
+    return prepare_for_inference(model), encoding, checkpoint
 
 
 class Generator:

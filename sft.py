@@ -20,7 +20,7 @@ from data.dataset import bucketed_epoch, collate, open_examples, prepared_direct
 from data.tokenizer import IM_END, get_tokenizer
 from engine import parallel
 from engine.attention import check_impl
-from engine.checkpoint import Checkpointer, load_init_from, load_weights, resume_settings, run_folder
+from engine.checkpoint import Checkpointer, SkipInit, load_init_from, load_weights, resume_settings, run_folder
 from engine.device import autocast, choose_device, choose_preset, oom_advice
 from engine.generate import Decoder
 from engine.graphs import GraphedForwardBackward, bf16_copy, compile_for_tuning, uncompiled, wants_compile
@@ -162,7 +162,8 @@ class SFT:
 
         # Model: the frozen one with adapters. On a GPU, a copy whose frozen matrices are bf16 trains.
         torch.manual_seed(s.seed)
-        model = GPT(config).set_activation_checkpointing(s.activation_checkpointing)
+        with SkipInit():  # the checkpoint has all weights
+            model = GPT(config).set_activation_checkpointing(s.activation_checkpointing)
         if not s.resume:
             load_weights(model, checkpoint)
         try:

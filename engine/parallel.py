@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import os
 import signal
-import warnings
 from datetime import timedelta
 
 import torch

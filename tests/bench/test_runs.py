@@ -22,7 +22,7 @@ import train
 from bench import evidence, figures, runs, table2
 from bench.retrieval import Retrieval
 from data.write import write_dataset
-from engine import log, parallel
+from engine import log
 from engine.checkpoint import NEWEST, PREVIOUS, Checkpointer, load_checkpoint, run_folder
 from engine.settings import Parser, UserError
 from model import GPT, GPTConfig
