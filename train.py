@@ -55,7 +55,10 @@ class CommonSettings:
     save_interval: int = flag(250, "steps between checkpoints", minimum=1)
     log_interval: int = flag(10, "steps between lines on the screen", minimum=1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    compile: str = flag("auto", "torch.compile, layer by layer; auto: on with CUDA", choices=("auto", "on", "off"))
+    compile: str = flag(
+        "auto", "torch.compile, layer by layer; auto: on with CUDA; whole: the whole model, for long pretraining",
+        choices=("auto", "on", "whole", "off"),
+    )  # fmt: skip
     attn_impl: str = flag("auto", "attention kernel; naive: plain PyTorch, for reading", choices=ATTENTION_IMPLS)
 
 
@@ -76,10 +79,6 @@ class Settings(CommonSettings):
     n_inner: int = flag(1664, "width of the SwiGLU, by --attn", minimum=1)
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output layer")
     weight_decay: float = flag(0.1, "of AdamW", minimum=0)
-    compile: str = flag(
-        "auto", "torch.compile, layer by layer; auto: on with CUDA; whole: the model at once, for long runs",
-        choices=("auto", "on", "whole", "off"),
-    )  # fmt: skip
     eval_windows: int = flag(64, "sequences to validate on, always the same", minimum=1, fixed=True)
 
 

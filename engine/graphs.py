@@ -6,6 +6,8 @@ import torch
 import torch._functorch.config
 import torch.nn as nn
 
+from engine import parallel
+
 
 def wants_compile(mode, device):
     """Return True if the flag --compile (auto, on, whole, off) asks for torch.compile on this device."""
@@ -13,8 +15,11 @@ def wants_compile(mode, device):
 
 
 def compile_model(model, mode, device):
-    """Compile a model as --compile asks -> what to call in training: the model itself, but for the mode `whole`."""
-    if mode == "whole":
+    """Compile a model as --compile asks -> what to call in training: the model itself, but for the mode `whole`.
+
+    A model that several processes share is compiled layer by layer in that mode, too.
+    """
+    if mode == "whole" and parallel.WORLD_SIZE == 1:
         configure_compiler()
         return torch.compile(model)
     if wants_compile(mode, device):
