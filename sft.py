@@ -223,8 +223,9 @@ class SFT:
         self.model.eval()  # dropout off
         total = dict.fromkeys(("loss", *self.metrics), torch.zeros((), device=self.device))
         for tensors in progress(self.val_batches, "validating"):
-            for name, value in self.loss(*(tensor.to(self.device) for tensor in tensors)).items():
-                total[name] = total[name] + value
+            with uncompiled():
+                values = self.loss(*(tensor.to(self.device) for tensor in tensors))
+            total = {name: total[name] + value for name, value in values.items()}
         self.model.train()
         total = parallel.all_reduce_sum(total, self.device)
         values = {name: value.item() for name, value in total.items()}

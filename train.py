@@ -230,10 +230,11 @@ def fit(task, optimizer, checkpointer, log, on_step=None):
     s, done = task.settings, checkpointer.step
     steps = range(done + 1, s.max_steps + 1)
     with parallel.stop_signals() as signals:
-        if done == 0:  # training has to improve on this
+        if done == 0:
             print_line("before the first step:")
             metrics, text = task.evaluate()
-            best = checkpointer.save_if_best(0, metrics["val_loss"])
+            # Training has to improve on a model that it begins with. A new one, of random numbers, is not worth saving.
+            best = s.init_from and checkpointer.save_if_best(0, metrics["val_loss"])
             print_line(f"{text}{'; the best so far' if best else ''}")
         log.open(done, None if done else metrics)
         for step, (count, micro_batches) in zip(steps, prefetch(task.get_batch, steps, task.device)):

@@ -4,7 +4,7 @@ python -m bench.start            # the preset ldiff; its data sets are prepared 
 python -m bench.start --out /tmp/bench --compile whole
 
 train.py, sft.py, dpo.py and sample.py run with empty caches of the compilers, and again with what that has left there.
-Each script starts from the model of the one before. The columns are seconds since the command: to the line that
+The last three start from a model of random numbers. The columns are seconds since the command: to the line that
 describes the model, to the validation before the first step, to the first step, to the end of a text of 100 tokens.
 """
 
@@ -13,10 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 
-from bench import Table, parse_arguments
+from bench import Table, model_config, parse_arguments
 from data.dataset import prepared_directory
+from engine.checkpoint import save_checkpoint
 from engine.settings import UserError, run_script
+from model import GPT
 
 FLAGS = dict(
     compile=dict(default="auto", choices=("auto", "on", "whole", "off"), help="of train.py"),
@@ -39,7 +42,7 @@ def measure(script, flags, caches):
                 if mark in " ".join(line.split()) and name not in seconds:
                     seconds[name] = time.perf_counter() - started
             if "first step" in seconds:
-                process.kill()  # best.pt was saved after the validation
+                process.kill()
     if "first step" not in seconds:
         if process.returncode:
             raise UserError(f"{script} failed:\n{''.join(printed)}")
@@ -47,15 +50,23 @@ def measure(script, flags, caches):
     return {f"{name}: s": seconds.get(name) for name in (*MARKS.values(), "text")}
 
 
+def write_model(path, smoke):
+    """Write a checkpoint of a V2 model that has learned nothing."""
+    model = GPT(model_config("v2", 256 if smoke else 2048, smoke))
+    contents = dict(settings={}, data={"tokenizer": "bytes" if smoke else "gpt2"}, stage="pretrain", step=1)
+    save_checkpoint(path, model=model.state_dict(), config=asdict(model.config), **contents)
+
+
 def scripts(folder, arguments):
-    """The flags of each script, with which it starts from the model of the one before."""
-    preset = "tiny" if arguments.smoke else "ldiff"
-    common = ["--device", arguments.device, "--preset", preset]
-    yield "train.py", [*common, "--compile", arguments.compile, "--out_dir", f"{folder}/pretrain"]
-    yield "sft.py", [*common, "--init_from", f"{folder}/pretrain/best.pt", "--out_dir", f"{folder}/sft"]
-    yield "dpo.py", [*common, "--init_from", f"{folder}/sft/best.pt", "--out_dir", f"{folder}/dpo"]
-    sampling = ["--max_new_tokens", "100", "--prompt", "The", "--device", arguments.device]
-    yield "sample.py", ["--init_from", f"{folder}/pretrain/best.pt", *sampling]
+    """The flags of each script."""
+    run, begun = ["--preset", "tiny" if arguments.smoke else "ldiff"], ["--init_from", f"{folder}/model.pt"]
+    flags = {
+        "train.py": [*run, "--compile", arguments.compile, "--out_dir", f"{folder}/pretrain"],
+        "sft.py": [*run, *begun, "--out_dir", f"{folder}/sft"],
+        "dpo.py": [*run, *begun, "--out_dir", f"{folder}/dpo"],
+        "sample.py": [*begun, "--max_new_tokens", "100", "--prompt", "The"],
+    }
+    return {script: [*words, "--device", arguments.device] for script, words in flags.items()}
 
 
 def main():
@@ -65,8 +76,9 @@ def main():
             prepared_directory(dataset, "", kind, tokenizer="gpt2")
     table = Table("start", arguments, device)
     with tempfile.TemporaryDirectory() as folder:
+        write_model(f"{folder}/model.pt", arguments.smoke)
         for caches in ("empty", "full"):
-            for script, flags in scripts(folder, arguments):
+            for script, flags in scripts(folder, arguments).items():
                 table.add({"script": script, "caches": caches}, measure, script, flags, f"{folder}/caches")
 
 

@@ -1,5 +1,6 @@
 """Compilation, and CUDA graphs: many GPU kernels replayed with a single launch."""
 
+import contextlib
 import copy
 
 import torch
@@ -56,6 +57,10 @@ def configure_compiler():
     """
     torch._dynamo.config.recompile_limit = 32  # with n_kv_layers there are three kinds of layers, and modes of each
     torch._functorch.config.ban_recompute_materialized_backward = False
+    with contextlib.suppress(ImportError):  # it is not part of PyTorch's interface
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()  # the processes that compile Triton kernels take seconds to start: meanwhile, go on
 
 
 def uncompiled():

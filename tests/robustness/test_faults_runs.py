@@ -351,11 +351,14 @@ def test_the_validation_before_the_first_step_is_in_the_log(home, tmp_path, stag
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_model_that_has_not_learned_yet_is_called_what_it_is(home, tmp_path, stage):
-    """A best.pt of step 0 is the model that the run began with: of that stage, and of that step."""
+    """A best.pt of step 0 is the model that the run began with: of that stage, and of that step.
+
+    A new model of random numbers is not saved before it has learned.
+    """
     for begun in (home / "base" / "best.pt", tmp_path / "named.pt"):
         if stage == "pretrain" and begun.parent == home / "base":
             out = run(home, stage, tmp_path / "new", "--max_steps", 1, "--learning_rate", 0)
-            assert (load(out / BEST)["stage"], load(out / BEST)["step"]) == ("pretrain", 0)
+            assert (load(out / BEST)["stage"], load(out / BEST)["step"]) == ("pretrain", 1)
             continue
         content = load(home / "base" / "best.pt")
         if begun.parent != home / "base":
