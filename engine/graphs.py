@@ -24,29 +24,28 @@ def compile_model(model, mode, device):
         configure_compiler()
         return torch.compile(model)
     if wants_compile(mode, device):
-        compile_layers(model)
+        compile_modules((*model.layers, model.norm))
     return model
-
-
-def compile_layers(model, **options):
-    """Compile the forward() of each layer and of the last norm, in place. PyTorch calls it regional compilation.
-
-    Layers of one kind share a program, so that this takes a third of the time that a whole model takes. `options` are
-    torch.compile's.
-    """
-    configure_compiler()
-    for module in (*model.layers, model.norm):
-        module.forward = torch.compile(module.forward, **options)
 
 
 def compile_for_tuning(model):
     """Compile the layers of a model, in place, for batches of any shape.
 
     Each operation rounds to bf16 as it does uncompiled: DPO's policy and reference are different programs, whose
-    results must not differ where their weights do not.
+    results must not differ where their weights do not. The last norm stays uncompiled, since its sums would differ.
     """
     torch._dynamo.config.specialize_float = True  # else LoRA's scale is computed anew, on the CPU
-    compile_layers(model, dynamic=True, options={"emulate_precision_casts": True})
+    compile_modules(model.layers, dynamic=True, options={"emulate_precision_casts": True})
+
+
+def compile_modules(modules, **options):
+    """Compile the forward() of each module, in place, with torch.compile's options. This is regional compilation.
+
+    Layers of one kind share a program, so that they take a third of the time that a whole model takes.
+    """
+    configure_compiler()
+    for module in modules:
+        module.forward = torch.compile(module.forward, **options)
 
 
 def configure_compiler():
