@@ -67,6 +67,8 @@ class Generator:
         self.ends = {self.encoding.encode_single_token(name) for name in ENDS}
         options = dict(temperature=settings.temperature, top_k=settings.top_k or None, n_vocab=self.encoding.n_vocab)
         options["top_p"] = settings.top_p if settings.top_p < 1 else None
+        if settings.compile:
+            print("compiling: about a minute before the first text", file=sys.stderr)
         self.decoder = Decoder(model, 1, self.block_size, settings.compile, **options)
         learned = f" after {self.stage}, step {checkpoint['step']}" if checkpoint["step"] else ", untrained or imported"
         self.about = f"model: {path}, {model.config.attn}{learned}"

@@ -34,6 +34,12 @@ def compile_for_tuning(model):
     Each operation rounds to bf16 as it does uncompiled: DPO's policy and reference are different programs, whose
     results must not differ where their weights do not. The last norm stays uncompiled, since its sums would differ.
     """
+
+    def require_gradient(layer, inputs):
+        inputs[0].requires_grad_(torch.is_grad_enabled())
+
+    # Embeddings are frozen. If they have a gradient all the same, the first layer has the others' program.
+    model.layers[0].register_forward_pre_hook(require_gradient)
     torch._dynamo.config.specialize_float = True  # else LoRA's scale is computed anew, on the CPU
     compile_modules(model.layers, dynamic=True, options={"emulate_precision_casts": True})
 

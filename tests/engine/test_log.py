@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import log_of
+from small import log_of, tiny_model
 
 from engine.device import peak_flops
-from engine.log import MAX_SKIPPED, Diverged, Log, progress
+from engine.log import MAX_SKIPPED, Diverged, Log, describe, progress
+from train import Settings
 
 
 @pytest.fixture
@@ -52,6 +53,19 @@ def test_peak_of_the_gpu_by_its_name(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda")) == peak
     assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    "mode, device, seconds", [("auto", "cpu", None), ("off", "cuda", None), ("auto", "cuda", 15), ("whole", "cuda", 30)]
+)
+def test_compiling_is_announced(mode, device, seconds, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    meta = dict(source="text", tokens=dict(train=1), tokenizer="bytes")
+    task = SimpleNamespace(settings=Settings(compile=mode), meta=meta, model=tiny_model("v2"), flops_per_unit=None)
+    task.device = torch.device(device)
+    describe(task)
+    printed = capsys.readouterr().out
+    assert (f"compiling: about {seconds} s before" in printed) if seconds else ("compiling" not in printed)
 
 
 @pytest.mark.parametrize("is_terminal, seconds, shown", [(True, 0.6, True), (True, 0, False), (False, 0.6, False)])
