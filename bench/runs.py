@@ -119,8 +119,7 @@ CONTINUED = dict(batch_size=16, micro_batch_size=16, max_steps=1000, eval_interv
 CONTINUED |= dict(warmup_steps=100)
 # The runs on data/large. Validations are so frequent that the loss can be interpolated between them.
 EPOCH = LONG | dict(dataset="large", eval_interval=50)  # as many tokens as data/large has, drawn at random
-EPOCH |= dict(compile="whole")  # the highest speed, for comparisons at equal time
-THIRD = EPOCH | dict(max_steps=500, eval_interval=100, compile="auto")
+THIRD = EPOCH | dict(max_steps=500, eval_interval=100)
 SMALL = dict(n_layer=8, n_embd=384, n_head=6, n_kv_head=3, head_dim=64, n_inner=896, tie_embeddings=True)  # 32.3M
 SMALL |= dict(dataset="large", block_size=512, batch_size=32, micro_batch_size=32, eval_interval=100, eval_windows=256)
 TUNED = {  # by context: half of a step's sequences are needle texts
@@ -197,7 +196,7 @@ def shrink(plan):
     """The same run with a tiny model and few steps: a few seconds on any machine."""
     micro_batches = plan.settings.batch_size // plan.settings.micro_batch_size
     small = dict(preset="tiny", dataset="tiny", batch_size=2, micro_batch_size=2 // micro_batches, max_steps=4)
-    small |= dict(eval_interval=2, warmup_steps=1, compile="auto")
+    small |= dict(eval_interval=2, warmup_steps=1)
     if isinstance(plan.settings, train.Settings):
         shapes = train.SHAPES["tiny"]
         small |= {**shapes.get(plan.settings.attn, shapes["v2"]), "block_size": 256, "n_layer": 4, "n_embd": 192}

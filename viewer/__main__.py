@@ -1,8 +1,8 @@
 """Show both maps, lambda and their difference, while a model reads and writes.
 
-python -m viewer                                                  # the furthest model in out/
-python -m viewer out/sft/best.pt                                  # another
-python -m viewer out/smollm2/best.pt out/smollm2-v2/best.pt       # two that share a tokenizer, side by side
+python -m viewer                                    # the furthest model in out/
+python -m viewer out/sft                            # another: a checkpoint, or a folder with best.pt
+python -m viewer out/smollm2 out/smollm2-v2         # two that share a tokenizer, side by side
 
 It prints the address of a page, which only this computer can open. Ctrl-C ends it.
 """
@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from data.chat import render_prompt
 from data.tokenizer import END_OF_TEXT
 from engine import parallel
-from engine.checkpoint import find_furthest
+from engine.checkpoint import BEST, find_furthest
 from engine.device import choose_device
 from engine.generate import Decoder
 from engine.terminal import printable
@@ -32,21 +31,17 @@ from viewer.maps import layer_maps, read, summarize
 
 MAX_TOKENS = 512  # of a text, beside the one that begins it: maps are quadratic
 KEPT = 4  # texts that can be looked at, for several windows
+PATHS = ("/describe", "/read", "/overview", "/maps", "/write", "/stop")  # a method of Viewer for each
 
 
 class Viewer:
-    """The models, the texts that they have read, and a method for each path, which page.html describes.
-
-    A method takes a request's JSON, and yields the answer's bytes. Raises UserError if the models do not share a
-    tokenizer.
-    """
+    """The models, and the texts that they have read. page.html says what its methods take (JSON), and yield (bytes)."""
 
     def __init__(self, paths):
-        device = choose_device("auto")
         self.models, self.about, encodings = [], [], []
         for path in paths:
             print(f"loading {path}", file=sys.stderr)
-            model, encoding, checkpoint = load_model(path, device)
+            model, encoding, checkpoint = load_model(path, choose_device("auto"))
             config, attn = model.config, model.layers[0].attn
             shape = dict(layers=config.n_layer, heads=config.n_head // attn.value_width, maps=1 + hasattr(attn, "lam"))
             stage, step = checkpoint["stage"], checkpoint["step"]
@@ -54,57 +49,58 @@ class Viewer:
             self.models.append(model)
             encodings.append(encoding)
         if len({encoding.name for encoding in encodings}) > 1:
-            names = " and ".join(encoding.name for encoding in encodings)
-            raise UserError(f"these models cannot be compared, since their tokenizers differ: {names}")
+            raise UserError("these models cannot be compared, since their tokenizers differ")
         self.encoding = encodings[0]
         self.ends = {self.encoding.encode_single_token(name) for name in ENDS}
         self.limit = min(MAX_TOKENS + 1, *(model.config.block_size for model in self.models))
         self.readings, self.count = {}, 0
-        self.turn, self.stopped = threading.Lock(), threading.Event()  # turn: held by the request that is answered
-        self.thread = ThreadPoolExecutor(1)  # for all that models do: a thread has to get its memory first
+        self.turn = threading.Lock()  # held by the request that uses the models
+        self.writing = None  # the key of the text that is being written
 
     def describe(self, body):
         yield line(models=self.about, tokens=self.limit)
 
     def read(self, body):
-        ids = self.prompt(body)
+        ids = self.prompt(body, self.limit)
         yield line(**self.keep(ids, len(ids)))
 
     def overview(self, body):
-        yield summarize(*self.layer(body)).cpu().numpy().tobytes()
+        model, calls = self.kept(body)
+        for layer in range(len(calls)):
+            yield summarize(*layer_maps(model, calls, layer)).cpu().numpy().tobytes()
 
     def maps(self, body):
-        for maps in self.layer(body):
+        model, calls = self.kept(body)
+        for maps in layer_maps(model, calls, number(body, "layer", 0, len(calls) - 1)):
             yield maps.cpu().numpy().tobytes()
 
     def write(self, body):
         index, seed = number(body, "model", 0, len(self.models) - 1), number(body, "seed", 0, 2**53)
         temperature, top_k = number(body, "temperature", 0, 100, (int, float)), number(body, "top_k", 0, 2**31)
-        length, ids = number(body, "length", 1, MAX_TOKENS), self.prompt(body)
+        length, ids = number(body, "length", 1, MAX_TOKENS), self.prompt(body, self.limit - 1)
         if "messages" in body and self.about[index]["stage"] == "pretrain":
             raise UserError("this model has not learned to chat; it can continue a text")
-        if len(ids) == self.limit:
-            raise UserError(f"the text is full: it has {len(ids)} tokens, which is the most")
-        self.stopped.clear()
         torch.manual_seed(seed)
-        model, length, text = self.models[index], min(length, self.limit - len(ids)), list(ids)
+        model, text, room = self.models[index], list(ids), min(len(ids) + length, self.limit)
         options = dict(n_vocab=self.encoding.n_vocab, temperature=temperature, top_k=top_k or None)
-        decoder = Decoder(model, 1, len(ids) + length, **options)
-        yield line(tokens=self.labels(ids))
-        for token in decoder.stream(torch.tensor([ids], device=model.rope_cos.device), length):
+        decoder = Decoder(model, 1, room, **options)
+        key = self.writing = os.urandom(16).hex()  # only who asked for the text gets it, and can stop the text
+        yield line(tokens=self.labels(ids), key=key)
+        for token in decoder.stream(torch.tensor([ids], device=model.rope_cos.device), room - len(ids)):
             if token.item() in self.ends:
                 break
             text.append(token.item())
             yield line(token=self.labels(text[-1:])[0])
-            if self.stopped.is_set():
+            if self.writing != key:
                 break
         yield line(written=self.encoding.decode(text[len(ids) :]), reading=self.keep(text, len(ids)))
 
     def stop(self, body):
-        self.stopped.set()
+        if body.get("key") == self.writing:
+            self.writing = None
         yield line()
 
-    def prompt(self, body):
+    def prompt(self, body, room):
         """Encode the text or the messages of a request -> ids, which begin as in sample.py."""
         text, messages = body.get("text"), body.get("messages")
         if isinstance(text, str):
@@ -113,9 +109,9 @@ class Viewer:
             ids = render_prompt(messages, self.encoding)
         else:
             raise UserError("a request needs a text, or messages: [[role, text], ...]")
-        if len(ids) > self.limit:
-            what = "text is too long" if messages is None else "chat is full, and New chat begins another"
-            raise UserError(f"the {what}: it has {len(ids)} tokens, and there is room for {self.limit}")
+        if len(ids) > room:
+            what = "text" if messages is None else "chat"
+            raise UserError(f"the {what} is too long: it has {len(ids)} tokens, and there is room for {room}")
         return ids
 
     def keep(self, ids, start):
@@ -125,14 +121,13 @@ class Viewer:
         self.readings.pop(self.count - KEPT, None)
         return dict(reading=self.count, tokens=self.labels(ids), start=start)
 
-    def layer(self, body):
-        """Compute the maps of the layer, model and reading that a request is about."""
+    def kept(self, body):
+        """Return the model that a request is about, and what read() returned for it."""
         index = number(body, "model", 0, len(self.models) - 1)
-        layer = number(body, "layer", 0, self.about[index]["layers"] - 1)
         calls = self.readings.get(number(body, "reading", 1, sys.maxsize))
         if calls is None:
             raise UserError("this text is no longer kept; read it again")
-        return layer_maps(self.models[index], calls[index], layer)
+        return self.models[index], calls[index]
 
     def labels(self, ids):
         """Return what each token stands for. Bytes that are only a part of a character are escaped."""
@@ -159,13 +154,9 @@ def line(**contents):
 
 def report(error):
     """Print an error as one line on stderr. Returns it."""
-    message = explain(error) or f"{type(error).__name__}: {error}"
-    message = printable(" ".join(message.split()))
+    message = printable(" ".join((explain(error) or f"{type(error).__name__}: {error}").split()))
     print("error:", message, file=sys.stderr)
     return message
-
-
-ANSWERS = ("describe", "read", "overview", "maps", "write", "stop")  # methods of Viewer, which a path may name
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -174,18 +165,11 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 30  # seconds that a client may let the server wait
 
     def do_GET(self):
-        self.respond("text/html; charset=utf-8", self.page())
-
-    def do_POST(self):
-        self.respond("application/octet-stream", self.answer())
-
-    def respond(self, kind, chunks):
-        """Send what a generator yields. An error before that is sent instead, and one amid it cuts the answer short."""
-        with contextlib.closing(chunks):  # if the client leaves, its text ends, and others have their turn
+        """Send what answer() yields. An error before that is sent instead, and one amid it cuts the answer short."""
+        with contextlib.closing(self.answer()) as chunks:  # if the client leaves, its text ends, and others have turns
+            status, kind = 200, "text/html; charset=utf-8" if self.command == "GET" else "application/octet-stream"
             try:
-                status, chunk = 200, next(chunks)
-            except (ConnectionError, TimeoutError):  # the client has left, or is too slow
-                raise
+                chunk = next(chunks)
             except Exception as error:
                 status, kind = 400 if isinstance(error, UserError) else 500, "application/json"
                 chunk = line(error=report(error))
@@ -196,54 +180,45 @@ class Handler(BaseHTTPRequestHandler):
             for chunk in chunks:
                 self.wfile.write(chunk)
 
-    def page(self):
-        self.check_host()
-        if self.path != "/":
-            raise UserError("there is nothing here")
-        yield Path(__file__).with_name("page.html").read_bytes()
+    do_POST = do_GET
 
     def answer(self):
-        length = self.headers.get("Content-Length", "")
+        length = self.headers.get("Content-Length", "0")
         if not re.fullmatch("[0-9]{1,5}", length):
-            raise UserError("a request says how long it is, and has less than 100 kB")
+            raise UserError("a request has less than 100 kB")
         body = self.rfile.read(int(length))
-        self.check_host()
+        # A foreign page could give this computer another name, of its own, and read the answers.
+        hosts = [f"{name}:{self.server.server_port}".removesuffix(":80") for name in ("127.0.0.1", "localhost")]
+        if self.headers.get("Host") not in hosts:
+            raise UserError(f"this page is at http://{hosts[0]}/")
+        if self.command == "GET" and self.path == "/":
+            yield Path(__file__).with_name("page.html").read_bytes()
+            return
+        if self.path not in PATHS:
+            raise UserError("there is nothing here")
         # Foreign pages cannot send this type without asking first, which is not answered.
         if self.headers.get_content_type() != "application/json":
             raise UserError("a request has the type application/json")
-        name, viewer = self.path.removeprefix("/"), self.server.viewer
-        if name not in ANSWERS:
-            raise UserError("there is nothing here")
         try:
             body = json.loads(body)
             if not isinstance(body, dict):
                 raise ValueError
         except (ValueError, RecursionError) as error:
             raise UserError("the request is not a JSON object") from error
-        chunks = getattr(viewer, name)(body)
-        if name == "stop":
+        viewer = self.server.viewer
+        chunks = getattr(viewer, self.path[1:])(body)
+        if self.path == "/stop":
             yield from chunks
-        elif name == "write":  # token by token
+        elif self.path == "/write":  # token by token
             with viewer.turn:
-                while (chunk := viewer.thread.submit(next, chunks, None).result()) is not None:
-                    yield chunk
+                yield from chunks
         else:  # as a whole, so that a slow client keeps nobody waiting, and an error comes instead of a part
             with viewer.turn:
-                whole = viewer.thread.submit(b"".join, chunks).result()
+                whole = b"".join(chunks)
             yield whole
 
-    def check_host(self):
-        """Refuse other names of this computer. A foreign page could give it one of its own, and read the answers."""
-        hosts = [f"{name}:{self.server.server_port}".removesuffix(":80") for name in ("127.0.0.1", "localhost")]
-        if self.headers.get_all("Host") not in [[host] for host in hosts]:
-            raise UserError(f"this page is at http://{hosts[0]}/")
-
-    def log_request(self, *arguments):
-        """Print nothing: on stderr are errors alone."""
-
-    def log_error(self, format, *arguments):
-        if "timed out" not in format:  # a connection without a request, which browsers keep ready
-            super().log_error(format, *arguments)
+    def log_message(self, format, *arguments):
+        """Print nothing: on stderr are errors alone, from report()."""
 
 
 class Server(ThreadingHTTPServer):
@@ -257,22 +232,20 @@ class Server(ThreadingHTTPServer):
 def main():
     parallel.refuse_torchrun()
     parser = Parser(__doc__, prog="python -m viewer")
-    parser.add_argument("checkpoint", nargs="*", help="one, or two to compare (default: the furthest in out/)")
+    parser.add_argument("checkpoint", nargs="*", help="one, or several to compare (default: the furthest in out/)")
     parser.add_argument("--port", type=int, default=8000, help="0: one that is free (default: %(default)s)")
     arguments = parser.parse_args()
-    if len(arguments.checkpoint) > 2:
-        parser.error("two checkpoints can be compared, not more")
+    paths = [Path(path, BEST) if os.path.isdir(path) else path for path in arguments.checkpoint]
     try:
         server = Server(("127.0.0.1", arguments.port), Handler)
     except (OSError, OverflowError) as error:  # it is taken, or no port
         raise UserError(f"port {arguments.port}: {error}; --port names another") from error
-    with server:
-        server.viewer = Viewer(arguments.checkpoint or [find_furthest()])
-        print(f"http://127.0.0.1:{server.server_port}/", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            os._exit(130)  # as run_script(), but at once: torch would abort in a thread that outlives Python
+    server.viewer = Viewer(paths or [find_furthest()])
+    print(f"http://127.0.0.1:{server.server_port}/", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        os._exit(130)  # as run_script(), but at once: torch would abort in a thread that outlives Python
 
 
 if __name__ == "__main__":

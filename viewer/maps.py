@@ -45,10 +45,10 @@ def summarize(first, second=None, factor=None):
     but the first; the share of the first token; the entropy of the weights' sizes, in nats. A pixel is the weight of
     its square that is largest by size.
     """
-    weights = first if second is None else first - factor * second
-    removed = (first - weights.clamp(min=0))[..., 1:].sum(-1)  # min(a, b) = a - max(a - b, 0)
+    subtracted = torch.zeros_like(first) if second is None else factor * second
+    weights, removed = first - subtracted, torch.minimum(first, subtracted)[..., 1:].sum(-1)
     sizes = weights.abs()
     entropy = torch.special.entr(sizes / sizes.sum(-1, keepdim=True)).sum(-1)
-    high, low = F.adaptive_max_pool2d(weights, PICTURE), -F.adaptive_max_pool2d(-weights, PICTURE)
     numbers = torch.stack((removed, share(weights, slice(1)), entropy)).mean(-1)  # (3, H)
-    return torch.cat((numbers.T, torch.where(high > -low, high, low).flatten(1)), dim=1)
+    _, largest = F.adaptive_max_pool2d(sizes, PICTURE, return_indices=True)  # of each square
+    return torch.cat((numbers.T, weights.flatten(1).gather(1, largest.flatten(1))), dim=1)

@@ -354,7 +354,7 @@ def test_small_runs_are_about_the_same_thing():
         assert (small.task_class, small.bare, small.after) == (plan.task_class, plan.bare, plan.after)
         assert (small.settings.dataset, small.settings.max_steps) == ("tiny", 4)
         assert (small.noise, small.full_log) == (plan.noise, plan.full_log)
-        for name in ("attn", "attn_impl", "learning_rate"):
+        for name in ("attn", "attn_impl", "compile", "learning_rate"):
             assert getattr(small.settings, name) == getattr(plan.settings, name)
 
 

@@ -81,7 +81,7 @@ def wait_for_head(page, layer, head, pane=0):
 
 
 def mouse_at(layer, head):
-    """Where a head's small picture is in an overview that has room."""
+    """Where a head's small picture is in the overview, as long as the heads are in order."""
     return 34 * (layer + 0.5), 34 * (head + 0.5)
 
 
@@ -145,17 +145,17 @@ def test_shading_of_each_map(page):
     assert f"(1/√{len(tokens)} = {len(tokens) ** -0.5:.3f})" in numbers
 
 
-TITLE = "document.querySelector('.overview').title"
+TITLE = "document.querySelector('.overview canvas').title"
 
 
 def test_choosing_a_head(page):
     page = page("v2")
-    page.click(".overview", *mouse_at(2, 1))
+    page.click(".overview canvas", *mouse_at(2, 1))
     wait_for_head(page, 2, 1)
-    page.move(".overview", *mouse_at(1, 0))
+    page.move(".overview canvas", *mouse_at(1, 0))
     assert page.run(TITLE).startswith("layer 1, head 0: removes ")
     before = shading(page)
-    page.focus(".head")
+    page.focus(".pane select")
     page.press("ArrowUp")
     wait_for_head(page, 2, 0)
     assert shading(page) != before
@@ -168,13 +168,13 @@ def test_ordering_heads(page):
     page = page("v2")
     page.focus("#order")
     page.press("ArrowDown")
-    listed = page.run("[...document.querySelectorAll('.head option')].map(option => option.textContent)")
+    listed = page.run("[...document.querySelectorAll('.pane option')].map(option => option.textContent)")
     removed = [float(head.split("removes ")[1].split(",")[0]) for head in listed]
     assert removed == sorted(removed, reverse=True) and removed[0] > removed[-1] and len(removed) == 12
-    for k, head in enumerate(listed):
-        page.move(".overview", *mouse_at(k, 0))
+    for k, head in enumerate(listed):  # column by column
+        page.move(".overview canvas", *mouse_at(*divmod(k, 4)))
         assert page.run(TITLE) == head
-    page.click(".overview", *mouse_at(5, 0))
+    page.click(".overview canvas", *mouse_at(1, 1))
     page.wait(f"document.querySelector('.lambda').textContent.startsWith('{listed[5].split(':')[0]}, ')")
 
 
@@ -200,9 +200,9 @@ def test_colors(scheme, page):
     assert red > 40 and blue > 40
     [background] = page.run("[getComputedStyle(document.body).backgroundColor]")
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
-    numbers = page.run("[...document.querySelectorAll('#scale-difference span')].map(span => span.textContent)")
+    numbers = page.run("[...document.querySelectorAll('#scale span')].map(span => span.textContent)")
     assert [float(number.replace("−", "-")) for number in numbers] == [-1, -0.25, 0, 0.25, 1]
-    bar = page.run("getComputedStyle(document.querySelector('#scale-difference i')).backgroundImage")
+    bar = page.run("getComputedStyle(document.querySelector('#scale i')).backgroundImage")
     negative, zero, positive = ([*map(int, color)] for color in re.findall(r"rgb\((\d+), (\d+), (\d+)\)", bar))
     spans = page.run("[...document.querySelectorAll('#tokens span')].map(s => [s.title, s.style.backgroundColor])")
     for title, color in spans:
@@ -221,6 +221,11 @@ def test_scheme_that_changes(page):
 
 # ------------------------------------------------------------------------------------- writing
 
+# Keeps what a screen reader would read out.
+SAID = """
+window.said = [], new MutationObserver(() => said.push(document.getElementById("status").textContent))
+  .observe(document.getElementById("status"), {childList: true, characterData: true, subtree: true})"""
+
 
 def test_writing(page):
     page = page("v2")
@@ -235,19 +240,22 @@ def test_writing(page):
 
 
 def test_stopping(page, servers, monkeypatch):
-    stopped, step = servers["v2",].viewer.stopped, viewer.Decoder.step
+    stopped, step = threading.Event(), viewer.Decoder.step
     monkeypatch.setattr(viewer.Decoder, "step", lambda decoder: (stopped.wait(0.1), step(decoder))[1])
     page = page("v2")
+    page.run(f"{SAID}, undefined")
     page.type("#text", "fox")
     page.click("#write")
     page.wait("document.querySelectorAll('#tokens span.written').length > 1")
     assert page.run("document.getElementById('read').disabled && document.getElementById('text').readOnly")
-    page.run("document.getElementById('form').requestSubmit()")  # as Ctrl-Enter does
-    assert text_of(page, "#status").startswith("Writing, ")
+    page.focus("#length")
+    page.press("Enter")  # is not heard now
     page.click("#stop")
     page.wait(f"document.getElementById('stop').disabled && {READY}")
     assert 1 < page.run("document.querySelectorAll('#tokens span.written').length") < 60
     assert not page.run("document.getElementById('text').readOnly")
+    said = page.run("said")
+    assert len(said) == 2 and said[0] == "Writing…" and " tokens, of at most 96, in " in said[1]
 
 
 def test_stop_is_for_the_text_of_this_window(page, servers):
@@ -298,12 +306,32 @@ def test_chat(page):
     assert text_of(page, "#tokens").count("<|im_start|>user⏎") == 1
 
 
+def test_text_or_chat(page):
+    """What was typed stays, and so does the chat."""
+    page = page("v2")
+    page.type("#text", "Oh")
+    page.type("#length", "4")
+    page.focus("#mode")
+    page.press("ArrowDown")
+    assert page.run("document.getElementById('text').value") == "Oh"
+    page.click("#write")
+    page.wait(READY)
+    page.type("#text", "Ah")
+    page.focus("#mode")
+    page.press("ArrowUp")
+    assert page.run("document.getElementById('text').value") == "Ah"
+    page.press("ArrowDown")
+    page.click("#write")
+    page.wait(READY)
+    assert text_of(page, "#tokens").count("<|im_start|>user⏎") == 2
+
+
 def test_comparing(page):
     """A head of one model is chosen in the other, too, and their maps have the same size."""
     page = page("v1", "vanilla", width=1400)
     assert ": DIFF V1, pretrain, step 7" in text_of(page, "#pane-0 h2") and ": plain, " in text_of(page, "#pane-1 h2")
     assert page.run("document.getElementById('mode-label').hidden")
-    page.click("#pane-1 .overview", *mouse_at(2, 0))
+    page.click("#pane-1 .overview canvas", *mouse_at(2, 0))
     for pane in (0, 1):
         wait_for_head(page, 2, 0, pane)
     assert "λ = " in text_of(page, "#pane-0 .lambda") and "λ" not in text_of(page, "#pane-1 .lambda")
@@ -325,6 +353,17 @@ def test_narrow_window(names, page):
     wide = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 390).map(e => e.id)"
     assert page.run(wide) == [] and page.run("document.documentElement.scrollWidth") <= 390
     assert page.run("document.querySelector('.map').clientWidth") > 300
+
+
+def test_many_heads_in_a_narrow_window(page):
+    """Those of a deep model are beside each other, so that the large maps stay near the text."""
+    page = page("v2", width=390, height=844)
+    page.run("Object.assign(panes[0].about, {layers: 30, heads: 9}), drawOverview(panes[0])")
+    places = "['#tokens', '.map'].map(name => document.querySelector(name).getBoundingClientRect().top)"
+    text, maps = page.run(places)
+    assert maps - text < 844
+    assert page.run("document.documentElement.scrollWidth") <= 390
+    assert page.run("document.querySelector('.overview').scrollWidth") > 600  # they are not too small for a finger
 
 
 def test_too_long_text(page):
