@@ -20,6 +20,7 @@ from bench.probes import (
     summarize_shares,
 )
 from engine.device import autocast
+from engine.graphs import uncompiled
 
 HELD_OUT = CITIES[::4]  # for the test: 20 of 80
 TAUGHT = tuple(city for city in CITIES if city not in HELD_OUT)
@@ -86,7 +87,7 @@ class Retrieval(train.Pretraining):
         right, losses = [], []
         for rows in torch.arange(len(ids)).split(self.settings.micro_batch_size):
             answer = answers[rows].to(self.device)
-            with autocast(self.device):
+            with autocast(self.device), uncompiled():
                 logits = self.model.lm_head(self.model.hidden(texts[rows].to(self.device))[:, -W:])
             right.append((logits.argmax(-1) == answer).all(-1))
             losses.append(F.cross_entropy(logits.flatten(0, 1).float(), answer.flatten(), reduction="none"))

@@ -48,6 +48,7 @@ from engine.checkpoint import (
 )
 from engine.device import autocast, choose_device
 from engine.files import FolderInUse, atomic_write, locked
+from engine.graphs import uncompiled
 from engine.log import Diverged, Log
 from engine.settings import Parser, UserError, run_script
 from model import ATTENTION
@@ -106,7 +107,7 @@ class PlannedRun:
     settings: train.CommonSettings
     bare: bool = False  # without the methods
     after: str = ""  # name of the run whose best.pt it starts from
-    keep_best: bool = False  # keep its own best.pt, from which another run starts
+    keep: str = ""  # as best.pt, from which another run starts: the `best` model so far, or the `last`
     probe_texts: int = 0  # texts on which bench.probes, or the task itself, measures the trained model
     noise: float = 0.0  # in the second query heads at the start, in units of the RMS of their weights
     full_log: bool = False  # the kept log has the validation before the first step, and the speed
@@ -118,7 +119,9 @@ LONG = dict(batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=25
 CONTINUED = dict(batch_size=16, micro_batch_size=16, max_steps=1000, eval_interval=50, save_interval=500)
 CONTINUED |= dict(warmup_steps=100)
 # The runs on data/large. Validations are so frequent that the loss can be interpolated between them.
-EPOCH = LONG | dict(dataset="large", eval_interval=50)  # as many tokens as data/large has, drawn at random
+EPOCH = LONG | dict(
+    dataset="large", eval_interval=50, save_interval=1500
+)  # as many tokens as data/large has, drawn at random
 THIRD = EPOCH | dict(max_steps=500, eval_interval=100)
 SMALL = dict(n_layer=8, n_embd=384, n_head=6, n_kv_head=3, head_dim=64, n_inner=896, tie_embeddings=True)  # 32.3M
 SMALL |= dict(dataset="large", block_size=512, batch_size=32, micro_batch_size=32, eval_interval=100, eval_windows=256)
@@ -128,9 +131,9 @@ TUNED = {  # by context: half of a step's sequences are needle texts
 }
 
 
-def pretraining(attn, bare=False, keep_best=False, probe_texts=0, full_log=False, **settings):
+def pretraining(attn, bare=False, keep="", probe_texts=0, full_log=False, **settings):
     settings = train.Settings(**train.SHAPES["ldiff"][attn], preset="ldiff", attn=attn, **settings)
-    kept = dict(keep_best=keep_best, probe_texts=probe_texts, full_log=full_log)
+    kept = dict(keep=keep, probe_texts=probe_texts, full_log=full_log)
     return PlannedRun(train.Pretraining, settings, bare=bare, **kept)
 
 
@@ -143,8 +146,8 @@ def planned_runs(corpus, out):
         for attn in KINDS:
             runs[f"curves/{attn}-{seed}"] = pretraining(attn, seed=seed, **SHORT)
     for seed, attn in itertools.product((1, 2), KINDS):
-        keep_best = (attn, seed) == ("v2", 2)  # SFT starts from it
-        plan = pretraining(attn, keep_best=keep_best, probe_texts=64, seed=seed, dataset=corpus, **LONG)
+        keep = "best" if (attn, seed) == ("v2", 2) else ""  # SFT starts from it
+        plan = pretraining(attn, keep=keep, probe_texts=64, seed=seed, dataset=corpus, **LONG)
         runs[f"corpus/{attn}-{seed}"] = plan
     for attn, rate in itertools.product(KINDS, LEARNING_RATES):
         runs[f"rates/{attn}-{rate:g}"] = pretraining(attn, learning_rate=rate, dataset=corpus, **SHORT)
@@ -152,7 +155,8 @@ def planned_runs(corpus, out):
         ("sft", sft.SFT, sft.Settings, "corpus/v2-2"), ("dpo", dpo.DPO, dpo.Settings, "tuning/sft"),
     ):  # fmt: skip
         settings = settings_class(preset="ldiff", attn="v2", save_interval=1000, init_from=f"{out}/{after}/best.pt")
-        runs[f"tuning/{stage}"] = PlannedRun(task_class, settings, after=after, keep_best=stage == "sft")
+        keep = "best" if stage == "sft" else ""
+        runs[f"tuning/{stage}"] = PlannedRun(task_class, settings, after=after, keep=keep)
     for (attn, start), rate in itertools.product(SMOLLM2.items(), ("2e-4", "6e-4")):
         settings = dict(preset="ldiff", attn=attn, init_from=start, dataset=f"{corpus}-smollm2", **CONTINUED)
         settings = train.Settings(**settings, learning_rate=float(rate))
@@ -160,14 +164,15 @@ def planned_runs(corpus, out):
     runs["smollm2/v2-noise-6e-4"] = replace(runs["smollm2/v2-6e-4"], noise=0.1)
     tuned = dict(preset="ldiff", attn="v2", eval_interval=25)
     settings = sft.Settings(init_from=SMOLLM2["v2"], dataset="slimorca-smollm2", max_steps=200, **tuned)
-    runs["smollm2/sft"] = PlannedRun(sft.SFT, settings, keep_best=True, full_log=True)
+    runs["smollm2/sft"] = PlannedRun(sft.SFT, settings, keep="best", full_log=True)
     tuned |= dict(init_from=f"{out}/smollm2/sft/best.pt", dataset="orca_dpo_pairs-smollm2", max_steps=100)
-    runs["smollm2/dpo"] = PlannedRun(dpo.DPO, dpo.Settings(**tuned), after="smollm2/sft", keep_best=True, full_log=True)
+    runs["smollm2/dpo"] = PlannedRun(dpo.DPO, dpo.Settings(**tuned), after="smollm2/sft", keep="best", full_log=True)
 
     for attn, rate in itertools.product(KINDS, FAIR_RATES):
         runs[f"fair/{attn}-{rate:g}"] = pretraining(attn, full_log=True, learning_rate=rate, **THIRD)
     for seed, attn in itertools.product((1, 2, 3, 4, 5), KINDS):
-        kept = dict(keep_best=seed <= 3, probe_texts=64, full_log=True)  # retrieval starts from three seeds
+        kept = dict(probe_texts=64, full_log=True)
+        kept |= dict(keep="last" if seed <= 3 else "")  # retrieval starts from three seeds
         runs[f"large/{attn}-{seed}"] = pretraining(attn, **kept, seed=seed, learning_rate=BEST_RATE[attn], **EPOCH)
     for seed in (4, 5):  # V1's authors keep the width of a head, and halve the number
         settings = replace(runs[f"large/v1-{seed}"].settings, n_head=6, head_dim=128)
@@ -187,7 +192,7 @@ def planned_runs(corpus, out):
         settings = dict(preset="ldiff", attn=attn, init_from=f"{out}/{after}/best.pt", dataset="large", seed=seed)
         settings |= dict(learning_rate=3e-4, warmup_steps=100, eval_interval=100, eval_windows=256)
         settings = train.Settings(**settings, block_size=length, **TUNED[length])
-        kept = dict(keep_best=length == 512, probe_texts=512, full_log=True)
+        kept = dict(keep="last" if length == 512 else "", probe_texts=512, full_log=True)
         runs[f"{name}-{length}"] = PlannedRun(Retrieval, settings, after=after, **kept)
     return runs
 
@@ -252,7 +257,7 @@ def train_run(plan, folder, log, device):
         settings = replace(settings, **{name: checkpoint["config"][name] for name in names})
 
     def record_lambdas(step):
-        with autocast(task.device):
+        with autocast(task.device), uncompiled():
             lambdas = task.model.lambdas(task.val_batches[0][0][:1].to(task.device))
         with open(folder / "lambdas.csv", "a", encoding="utf-8") as file:
             file.write(f"{step},{' '.join(f'{value:.4f}' for value in lambdas)}\n")
@@ -267,8 +272,9 @@ def train_run(plan, folder, log, device):
         task, optimizer = make_task(plan, settings, checkpoint)
         checkpointer = Checkpointer(task, optimizer)
         checkpointer.start(checkpoint)
-        if not plan.keep_best:
-            checkpointer.save_if_best = lambda step, val_loss: False
+        if plan.keep != "best":  # saving takes longer than validating
+            save, last = checkpointer.save_if_best, settings.max_steps if plan.keep == "last" else None
+            checkpointer.save_if_best = lambda step, val_loss: step == last and save(step, val_loss)
         if plan.noise and not resume:
             add_noise(task.model, plan.noise, settings.seed)
         if pretrains and not resume:
@@ -281,10 +287,11 @@ def train_run(plan, folder, log, device):
         except Diverged as error:  # its log up to here is the result
             print(f"{folder}: {error}")
     measured = {}
-    if plan.task_class is Retrieval:
-        measured |= task.measure(plan.probe_texts)
-    elif plan.probe_texts:
-        measured |= probe_run(task, plan.probe_texts)
+    with uncompiled():
+        if plan.task_class is Retrieval:
+            measured |= task.measure(plan.probe_texts)
+        elif plan.probe_texts:
+            measured |= probe_run(task, plan.probe_texts)
     if plan.full_log and plan.task_class is train.Pretraining and settings.attn == "v2":
         measured["query_distances"] = query_distances(task.model)
     if measured:
@@ -372,7 +379,7 @@ def train_missing(runs, arguments):
                     train_run(plan, folder, log, arguments.device)
                 for file in (NEWEST, PREVIOUS, DAMAGED):
                     (folder / file).unlink(missing_ok=True)
-                if not plan.keep_best:
+                if not plan.keep:
                     remove_run(folder)
         except FolderInUse:
             print(f"\n{name}: another process is training it")

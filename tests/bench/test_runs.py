@@ -42,10 +42,10 @@ def plan(tmp_path):
     text = "".join(map(chr, np.random.default_rng(1).integers(97, 123, size=4000)))
     write_dataset(tmp_path / "text", {"train": [text], "val": [text[:1000]]}, "bytes", "a test")
 
-    def make(task_class=train.Pretraining, bare=False, keep_best=False, probe_texts=0, **settings):
+    def make(task_class=train.Pretraining, bare=False, keep="", probe_texts=0, **settings):
         paths = dict(dataset=f"{tmp_path}/text", out_dir=f"{tmp_path}/run")
         settings = train.Settings(**{**SHAPE, **FEW, **paths, **settings})
-        return runs.PlannedRun(task_class, settings, bare=bare, keep_best=keep_best, probe_texts=probe_texts)
+        return runs.PlannedRun(task_class, settings, bare=bare, keep=keep, probe_texts=probe_texts)
 
     return make
 
@@ -75,7 +75,7 @@ def test_the_runs_are_those_of_the_report():
     assert planned["tuning/sft"].settings.max_steps == 1000 and planned["tuning/dpo"].settings.max_steps == 625
     for stage, before in (("sft", "corpus/v2-2"), ("dpo", "tuning/sft")):
         plan = planned[f"tuning/{stage}"]
-        assert plan.after == before and planned[before].keep_best
+        assert plan.after == before and planned[before].keep == "best"
         assert plan.settings.init_from == f"out/runs/{before}/best.pt"
 
 
@@ -103,7 +103,7 @@ def test_the_runs_on_the_large_corpus():
     assert {plan.settings.learning_rate for plan in groups["stable"].values()} == {2e-3}
     for name, plan in groups["retrieval"].items():
         start, s = planned[plan.after], plan.settings
-        assert start.keep_best and s.init_from == f"out/runs/{plan.after}/best.pt"
+        assert start.keep == "last" and s.init_from == f"out/runs/{plan.after}/best.pt"
         assert plan.after == (
             name.replace("2048", "512") if s.block_size == 2048 else name.replace("retrieval", "large")[:-4]
         )
@@ -135,7 +135,7 @@ def test_the_runs_of_smollm2():
         assert s.learning_rate == float(kind[-4:]) and plan.noise == (0.1 if "noise" in kind else 0)
         assert s.init_from == ("out/smollm2/best.pt" if "vanilla" in kind else "out/smollm2-v2/best.pt")
     first, second = planned.pop("smollm2/sft"), planned.pop("smollm2/dpo")
-    assert not planned and first.keep_best and second.after == "smollm2/sft"
+    assert not planned and first.keep == "best" and second.after == "smollm2/sft"
     found = [(p.settings.init_from, p.settings.dataset, p.settings.max_steps) for p in (first, second)]
     assert found[0] == ("out/smollm2-v2/best.pt", "slimorca-smollm2", 200)
     assert found[1] == ("out/runs/smollm2/sft/best.pt", "orca_dpo_pairs-smollm2", 100)
@@ -157,7 +157,7 @@ def interrupted_by_saving(monkeypatch):
 
 def test_a_run_has_the_shape_of_the_model_it_starts_from(plan, tmp_path, monkeypatch):
     """But its own context; also after an interruption."""
-    train_run(plan(keep_best=True, n_kv_head=1), tmp_path / "start", tmp_path / "start.csv")
+    train_run(plan(keep="best", n_kv_head=1), tmp_path / "start", tmp_path / "start.csv")
     other = dict(init_from=f"{tmp_path}/start/best.pt", block_size=16, n_layer=1, n_embd=64, n_head=1, n_inner=8)
     with interrupted_by_saving(monkeypatch):
         train_run(plan(**other), tmp_path / "run", tmp_path / "run.csv")
@@ -303,7 +303,7 @@ def test_only_missing_runs_are_trained_and_their_folders_removed(plan, tmp_path,
     with run_folder(tmp_path / "curves" / "a"):  # as if another process were training it
         runs.train_missing({"curves/a": plan()}, arguments)
     assert (tmp_path / "curves" / "a" / "best.pt").exists()
-    runs.train_missing({"curves/a": plan(), "curves/b": plan(), "curves/c": plan(keep_best=True)}, arguments)
+    runs.train_missing({"curves/a": plan(), "curves/b": plan(), "curves/c": plan(keep="best")}, arguments)
     assert trained == [("b", "curves-b.csv"), ("c", "curves-c.csv")]
     assert {path.name for path in (tmp_path / "curves").rglob("*")} - {"lock"} == {"c", "best.pt", tokenizer}
     with pytest.raises(UserError, match="x begins with the model of curves/b, which is not done"):
@@ -340,10 +340,13 @@ def test_half_a_line_of_lambdas_is_left_out(tmp_path):
     assert (tmp_path / "run.csv").read_text() == "step,loss,grad_norm,val_loss,lambdas\n1,1,1,,\n2,1,1,3,0.5 0.5\n"
 
 
-@pytest.mark.parametrize("keep_best", [False, True])
-def test_the_best_model_is_kept_where_another_run_starts_from_it(plan, tmp_path, keep_best):
-    train_run(plan(keep_best=keep_best), tmp_path / "run", tmp_path / "run.csv")
-    assert (tmp_path / "run" / "best.pt").exists() == keep_best
+@pytest.mark.parametrize("keep, step", [("", None), ("best", 4), ("last", 6)])
+def test_a_model_is_kept_where_another_run_starts_from_it(plan, tmp_path, keep, step, monkeypatch):
+    losses = iter((9.0, 3.0, 1.0, 2.0))  # before the first step, and after 2, 4 and 6
+    monkeypatch.setattr(train.Pretraining, "evaluate", lambda task: ({"val_loss": next(losses)}, ""))
+    train_run(plan(keep=keep), tmp_path / "run", tmp_path / "run.csv")
+    best = tmp_path / "run" / "best.pt"
+    assert (load_checkpoint(best)["step"] if best.exists() else None) == step
 
 
 def test_small_runs_are_about_the_same_thing():
