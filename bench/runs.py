@@ -272,9 +272,11 @@ def train_run(plan, folder, log, device):
         task, optimizer = make_task(plan, settings, checkpoint)
         checkpointer = Checkpointer(task, optimizer)
         checkpointer.start(checkpoint)
-        if plan.keep != "best":  # saving takes longer than validating
-            save, last = checkpointer.save_if_best, settings.max_steps if plan.keep == "last" else None
-            checkpointer.save_if_best = lambda step, val_loss: step == last and save(step, val_loss)
+        # Saving takes longer than validating. At the end, the log is enough.
+        last, save, save_if_best = settings.max_steps, checkpointer.save, checkpointer.save_if_best
+        checkpointer.save = lambda step: step < last and save(step)
+        if plan.keep != "best":
+            checkpointer.save_if_best = lambda step, loss: plan.keep and step == last and save_if_best(step, loss)
         if plan.noise and not resume:
             add_noise(task.model, plan.noise, settings.seed)
         if pretrains and not resume:

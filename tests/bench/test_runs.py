@@ -193,7 +193,7 @@ def test_noise_is_in_the_second_query_heads_alone():
 def test_noise_comes_once(plan, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(runs, "add_noise", lambda model, noise, seed: seen.append((noise, seed)))
-    noisy = replace(plan(seed=3, max_steps=3), noise=0.1)
+    noisy = replace(plan(seed=3, max_steps=4), noise=0.1)  # saved after 3
     train_run(noisy, tmp_path / "run", tmp_path / "run.csv")
     train_run(replace(noisy, settings=replace(noisy.settings, max_steps=6)), tmp_path / "run", tmp_path / "run.csv")
     assert seen == [(0.1, 3)]
@@ -214,9 +214,9 @@ def test_a_full_log_has_the_start_and_the_speed_and_others_have_not(plan, tmp_pa
 
 
 def test_the_distance_of_the_query_heads_is_kept_of_a_full_log(plan, tmp_path):
-    with_distances = replace(plan(), full_log=True)
+    with_distances = replace(plan(keep="last"), full_log=True)
     train_run(with_distances, tmp_path / "run", tmp_path / "run.csv")
-    model = GPT(GPTConfig(**(checkpoint := load_checkpoint(tmp_path / "run" / NEWEST))["config"]))
+    model = GPT(GPTConfig(**(checkpoint := load_checkpoint(tmp_path / "run" / "best.pt"))["config"]))
     model.load_state_dict(checkpoint["model"])
     kept = json.loads((tmp_path / "run.json").read_text())["query_distances"]
     assert kept == pytest.approx(runs.query_distances(model)) and all(0 < distance < 2 for distance in kept)
