@@ -9,6 +9,7 @@ describes the model, to the validation before the first step, to the first step,
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,16 +34,15 @@ def measure(script, flags, caches):
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
     command, seconds, printed = [sys.executable, script, *flags], {}, []
     started = time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as process:
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    with subprocess.Popen(command, env=environment, **options) as process:
         for line in process.stdout:
             printed.append(line)
             for mark, name in MARKS.items():
                 if mark in " ".join(line.split()) and name not in seconds:
                     seconds[name] = time.perf_counter() - started
             if "first step" in seconds:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that compile
     if "first step" not in seconds:
         if process.returncode:
             raise UserError(f"{script} failed:\n{''.join(printed)}")
