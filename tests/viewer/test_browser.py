@@ -214,9 +214,11 @@ def test_colors(scheme, page):
 
 def test_scheme_that_changes(page):
     page = page("v2")
-    before = shading(page)
+    small_map = "[...panes[0].heads[3].picture.data]"
+    before, small_before = shading(page), page.run(small_map)
     page.call("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value="dark")])
     page.wait(f"document.querySelector('#tokens span').style.backgroundColor !== '{before[0]}'")
+    assert any(small_before) and page.run(small_map) != small_before
 
 
 # ------------------------------------------------------------------------------------- writing
