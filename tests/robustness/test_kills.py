@@ -62,7 +62,10 @@ def test_a_run_that_is_killed_25_times_equals_one_that_is_not(home, tmp_path, st
 
 
 def age(path):
-    return path.stat().st_mtime_ns if path.exists() else 0
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # a run may be renaming it at this moment
+        return 0
 
 
 def ended(child):
