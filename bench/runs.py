@@ -4,11 +4,12 @@ python -m bench.runs                          # all whose log is not in docs/run
 python -m bench.runs 'curves/*-1' 'rates/*'   # some, by name or pattern
 python -m bench.runs --list                   # their names
 
-An interrupted run goes on from its checkpoint in out/runs. Several processes share the runs among them, on one GPU or
-each on its own (CUDA_VISIBLE_DEVICES). --corpus names a data set of your own for the longer runs; docs/results.md says
-what it was. The tuning runs start from the models of other runs, which have to be finished. The smollm2 runs start from
-SmolLM2-135M-Instruct in out/smollm2 and out/smollm2-v2, which convert.py writes; their data sets end in -smollm2. The
-runs fair, large, stable, design and retrieval read data/large.
+An interrupted run goes on from its last checkpoint in out/runs, if it has one: those of a few minutes on data/large
+save none. Several processes share the runs among them, on one GPU or each on its own (CUDA_VISIBLE_DEVICES). --corpus
+names a data set of your own for the longer runs; docs/results.md says what it was. The tuning runs start from the
+models of other runs, which have to be finished. The smollm2 runs start from SmolLM2-135M-Instruct in out/smollm2 and
+out/smollm2-v2, which convert.py writes; their data sets end in -smollm2. The runs fair, large, stable, design and
+retrieval read data/large.
 """
 
 import contextlib
@@ -272,7 +273,7 @@ def train_run(plan, folder, log, device):
         task, optimizer = make_task(plan, settings, checkpoint)
         checkpointer = Checkpointer(task, optimizer)
         checkpointer.start(checkpoint)
-        # Saving takes longer than validating. At the end, the log is enough.
+        # Saving takes longer than validating. A checkpoint of the end would be deleted at once.
         last, save, save_if_best = settings.max_steps, checkpointer.save, checkpointer.save_if_best
         checkpointer.save = lambda step: step < last and save(step)
         if plan.keep != "best":

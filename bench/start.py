@@ -36,12 +36,18 @@ def measure(script, flags, caches):
     started = time.perf_counter()
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     with subprocess.Popen(command, env=environment, **options) as process:
-        for line in process.stdout:
-            printed.append(line)
-            for mark, name in MARKS.items():
-                if mark in " ".join(line.split()) and name not in seconds:
-                    seconds[name] = time.perf_counter() - started
-            if "first step" in seconds:
+        try:
+            for line in process.stdout:
+                printed.append(line)
+                for mark, name in MARKS.items():
+                    if mark in " ".join(line.split()) and name not in seconds:
+                        seconds[name] = time.perf_counter() - started
+                if "first step" in seconds:
+                    break
+            else:
+                process.wait()
+        finally:  # Ctrl-C, too, must not leave it running
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # with the processes that compile
     if "first step" not in seconds:
         if process.returncode:
@@ -53,7 +59,7 @@ def measure(script, flags, caches):
 def write_model(path, smoke):
     """Write a checkpoint of a V2 model that has learned nothing."""
     model = GPT(model_config("v2", 256 if smoke else 2048, smoke))
-    contents = dict(settings={}, data={"tokenizer": "bytes" if smoke else "gpt2"}, stage="pretrain", step=1)
+    contents = dict(settings={}, data={"tokenizer": "bytes" if smoke else "gpt2"}, stage="pretrain", step=0)
     save_checkpoint(path, model=model.state_dict(), config=asdict(model.config), **contents)
 
 
@@ -79,7 +85,7 @@ def main():
         write_model(f"{folder}/model.pt", arguments.smoke)
         for caches in ("empty", "full"):
             for script, flags in scripts(folder, arguments).items():
-                table.add({"script": script, "caches": caches}, measure, script, flags, f"{folder}/caches")
+                table.add({"script": script, "caches": caches}, measure, script, flags, f"{folder}/caches/{script}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def compile_for_tuning(model):
 def compile_modules(modules, **options):
     """Compile the forward() of each module, in place, with torch.compile's options. This is regional compilation.
 
-    Layers of one kind share a program, so that they take half the time that a whole model takes.
+    Layers of one kind share a program, so that they take half the time that a whole model takes. Copy a model before:
+    the copy of a compiled one would run the original's layers.
     """
     configure_compiler()
     for module in modules:
