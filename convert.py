@@ -9,8 +9,7 @@ packages more: pip install safetensors tokenizers
 """
 
 import shlex
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 from engine.settings import Parser, UserError, run_script  # before torch, for Ctrl-C; isort: skip
 import torch
@@ -18,7 +17,7 @@ import torch
 from data.chat import CHAT_TEMPLATE, default_system
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, get_tokenizer
 from engine import huggingface, parallel
-from engine.checkpoint import BEST, archive_previous_run, build_loaded, load_checkpoint, run_folder, save_checkpoint
+from engine.checkpoint import BEST, build_loaded, load_checkpoint, save_model
 from engine.terminal import printable
 from model import GPT, GPTConfig, pad_vocab
 from sft import load_config
@@ -92,21 +91,14 @@ def import_weights(theirs, config):
 
     Raises UserError if a tensor is missing, unknown, of another shape or not finite.
     """
-    try:
-        if config.n_layer > len(theirs):
-            raise ValueError(f"there are no weights for {config.n_layer} layers")
-        with torch.device("meta"):  # names and shapes alone
-            expected = GPT(config).state_dict()
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # sizes beyond all numbers
-        raise UserError(f"config.json cannot be used: {error}") from error
-    embedding = to_hf_name("embed_tokens.weight")
-    if config.tie_embeddings and "lm_head.weight" not in theirs and embedding in theirs:
-        theirs = theirs | {"lm_head.weight": theirs[embedding]}
-    has_weight = {name: tensor for name, tensor in expected.items() if not name.endswith("subln.weight")}
-    huggingface.check_tensors(theirs, {to_hf_name(name): tensor.shape for name, tensor in has_weight.items()})
-    if config.tie_embeddings and not torch.equal(theirs["lm_head.weight"], theirs[embedding]):
-        raise UserError("config.json ties lm_head to the embedding, and the weights have another lm_head")
-    state = {name: torch.ones(tensor.shape) for name, tensor in expected.items()}  # subln's, in the end
+    if config.n_layer > len(theirs):
+        raise UserError(f"config.json cannot be used: there are no weights for {config.n_layer} layers")
+    expected = huggingface.shapes(lambda: GPT(config))
+    if config.tie_embeddings:
+        theirs = huggingface.tie(theirs, "lm_head.weight", to_hf_name("embed_tokens.weight"))
+    has_weight = {name: shape for name, shape in expected.items() if not name.endswith("subln.weight")}
+    huggingface.check_tensors(theirs, {to_hf_name(name): shape for name, shape in has_weight.items()})
+    state = {name: torch.ones(shape) for name, shape in expected.items()}  # subln's, in the end
     for name in has_weight:
         state[name] = tensor = theirs[to_hf_name(name)]
         if is_paired(name, config):  # theirs: the first heads of all pairs, a1 b1 c1 a2 b2 c2; ours: a1 a2 b1 b2 c1 c2
@@ -164,7 +156,7 @@ def import_model(source, folder):
         if config.tie_embeddings:  # one tensor, as before
             state["lm_head.weight"] = state["embed_tokens.weight"]
     stage = "sft" if IM_START in template else "pretrain"  # tuned to chat in ChatML, or not
-    write_checkpoint(folder, state, config, encoding, settings={}, stage=stage, step=0)
+    save_model(folder, state, config, encoding, settings={}, stage=stage, step=0)
     ends = given.get("eos_token_id")
     if not {*encoding.control.values()} & {*(ends if isinstance(ends, list) else [ends])}:
         print(f"its own end token, {ends}, has no part here: {END_OF_TEXT} and {IM_END} end texts and answers")
@@ -181,19 +173,7 @@ def diff_model(path, folder):
         raise UserError(f"the model in {path} has the attention {config.attn}; only vanilla becomes DIFF V2")
     state = diff_weights(build_loaded(lambda: GPT(config), checkpoint).state_dict(), config)
     kept = {name: checkpoint[name] for name in ("settings", "stage", "step")}
-    write_checkpoint(folder, state, replace(config, attn="v2"), encoding, **kept)
-
-
-def write_checkpoint(folder, state, config, encoding, **contents):
-    """Write folder/best.pt and the tokenizer beside it. Files of an earlier run there are moved aside."""
-    folder, data = Path(folder), {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab}
-    with run_folder(folder):
-        archive_previous_run(folder)
-        encoding.save(folder)
-        save_checkpoint(folder / BEST, model=state, config=asdict(config), data=data, **contents)
-    size = sum({tensor.data_ptr(): tensor.numel() for tensor in state.values()}.values())  # tied tensors once
-    use = "completes text" if contents["stage"] == "pretrain" else "chats"
-    print(f"{folder / BEST}: {config.attn}, {size / 1e6:.1f}M parameters, a context of {config.block_size}; it {use}")
+    save_model(folder, state, replace(config, attn="v2"), encoding, **kept)
 
 
 def export_model(path, folder):

@@ -21,8 +21,8 @@ from data.tokenizer import END_OF_TEXT, get_tokenizer
 from engine import parallel
 from engine.attention import ATTENTION_IMPLS, check_impl
 from engine.checkpoint import Checkpointer, check_fit, load_init_from, load_weights, resume_settings, run_folder
-from engine.device import autocast, choose_device, choose_preset, oom_advice
-from engine.graphs import compile_model, uncompiled
+from engine.device import autocast, choose_device, choose_preset, oom_advice, step_unless
+from engine.graphs import COMPILE_MODES, compile_model, uncompiled
 from engine.log import Log, describe, flops_per_token, print_line, progress, summarize
 from model import ATTENTION, GPT, GPTConfig, pad_vocab
 
@@ -55,10 +55,7 @@ class CommonSettings:
     save_interval: int = flag(250, "steps between checkpoints", minimum=1)
     log_interval: int = flag(10, "steps between lines on the screen", minimum=1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    compile: str = flag(
-        "auto", "torch.compile, layer by layer; auto: on with CUDA; whole: the whole model, for long pretraining",
-        choices=("auto", "on", "whole", "off"),
-    )  # fmt: skip
+    compile: str = flag("auto", "torch.compile; auto: on with CUDA; whole: for long pretraining", choices=COMPILE_MODES)
     attn_impl: str = flag("auto", "attention kernel; naive: plain PyTorch, for reading", choices=ATTENTION_IMPLS)
 
 
@@ -66,7 +63,6 @@ class CommonSettings:
 class Settings(CommonSettings):
     """Pretraining. The defaults are the preset ldiff with DIFF V2."""
 
-    # A validation batch takes a third of a step's time: at this interval, validation is under 1 % of the whole.
     eval_interval: int = flag(200, "steps between validations", minimum=1)
     tokenizer: str = flag("", "of new data: gpt2, bytes, a tokenizer.json; else init_from's or the preset's")
     block_size: int = flag(2048, "context length in tokens", minimum=1, fixed=True)
@@ -174,8 +170,7 @@ def lr_at(step, settings, floor=0.1):
 # The training loop, for all stages. A stage is a task: Pretraining below, SFT in sft.py, DPO in dpo.py. It has
 #
 #   settings, device, model
-#   get_batch(step)                    the number of units (tokens or pairs) in a batch, and its micro-batches, tuples
-#                                      of tensors
+#   get_batch(step)                    the number of tokens or pairs in a batch, its micro-batches as tuples of tensors
 #   loss(*tensors)                     a micro-batch's share of the batch's mean loss: {"loss": scalar, ...metrics}
 #   evaluate()                         {"val_loss": float, ...}, and a line for the screen
 #   sample()                           some text by the model
@@ -212,13 +207,7 @@ def training_step(task, optimizer, lr, micro_batches, max_norm=1.0):
     row["skipped"] = ~torch.isfinite(row["loss"] + row["grad_norm"])
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # A step whose loss or gradient is not finite is skipped: weights and optimizer stay as they are. Fused AdamW does
-    # nothing where found_inf is 1, but on mps. With other optimizers, the CPU has to wait for the GPU to know.
-    if isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["fused"] and task.device.type != "mps":
-        optimizer.found_inf = row["skipped"].float()
-        optimizer.step()
-    elif not row["skipped"]:
-        optimizer.step()
+    step_unless(row["skipped"], optimizer)  # if its loss or gradient is not finite, a step changes nothing
     return row
 
 
@@ -332,17 +321,16 @@ class Pretraining:
     def evaluate(self):
         """Measure the mean cross-entropy in nats over all target tokens of the validation windows."""
         total, num_tokens = 0.0, 0
-        for inputs, targets in progress(self.val_batches, "validating"):
-            count = (targets != -100).sum().item()
-            with autocast(self.device), uncompiled():
+        with autocast(self.device), uncompiled():
+            for inputs, targets in progress(self.val_batches, "validating"):
+                count = (targets != -100).sum().item()
                 _, loss = self.model(inputs.to(self.device), targets.to(self.device))
-            if count:  # some processes may have filling alone, whose loss is NaN
-                total, num_tokens = total + loss.float() * count, num_tokens + count
+                if count:  # some processes may have filling alone, whose loss is NaN
+                    total, num_tokens = total + loss.float() * count, num_tokens + count
+            lambdas = self.model.lambdas(self.val_batches[0][0][:1].to(self.device))
         sums = parallel.all_reduce_sum({"total": total, "num_tokens": num_tokens}, self.device)
         loss = (sums["total"] / sums["num_tokens"]).item()
         text = f"    validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
-        with autocast(self.device), uncompiled():
-            lambdas = self.model.lambdas(self.val_batches[0][0][:1].to(self.device))
         if lambdas:
             text += "; lambda by layer " + " ".join(f"{value:.2f}" for value in lambdas)
         return {"val_loss": loss}, text
@@ -350,9 +338,8 @@ class Pretraining:
     def sample(self, max_new_tokens=256):
         """Generate the beginning of a new document."""
         start = torch.tensor([[self.encoding.encode_single_token(END_OF_TEXT)]], device=self.device)
-        options = dict(temperature=0.8, top_k=50, n_vocab=self.encoding.n_vocab)
         with autocast(self.device), uncompiled():
-            ids = self.model.generate(start, max_new_tokens, **options)
+            ids = self.model.generate(start, max_new_tokens, temperature=0.8, top_k=50, n_vocab=self.encoding.n_vocab)
         return self.encoding.decode(ids[0, 1:].tolist(), errors="replace")
 
     def state_dict(self):

@@ -40,6 +40,7 @@ from data.write import write_dataset
 from engine import parallel
 from engine.attention import ATTENTION_IMPLS, check_impl
 from engine.device import peak_flops
+from engine.graphs import COMPILE_MODES
 from engine.log import Log, flops_per_token
 from engine.settings import UserError, run_script
 from model import ATTENTION, pad_vocab
@@ -50,7 +51,7 @@ FLAGS = dict(
     length=dict(nargs="+", type=positive_int, default=[2048, 8192, 32768], help="context lengths"),
     tokens=dict(type=positive_int, default=65536, help="tokens of a batch, which has tokens / length rows"),
     attn_impl=dict(default="auto", choices=ATTENTION_IMPLS, help="attention kernel"),
-    compile=dict(default="auto", choices=("auto", "on", "whole", "off"), help="torch.compile, as in train.py"),
+    compile=dict(default="auto", choices=COMPILE_MODES, help="torch.compile, as in train.py"),
     profile=dict(type=positive_int, metavar="N", help="list the N kernels that take most of a step's time"),
     loop=dict(action="store_true", help="also time train.py's own loop: loading, logging, validation"),
 )

@@ -120,9 +120,7 @@ LONG = dict(batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=25
 CONTINUED = dict(batch_size=16, micro_batch_size=16, max_steps=1000, eval_interval=50, save_interval=500)
 CONTINUED |= dict(warmup_steps=100)
 # The runs on data/large. Validations are so frequent that the loss can be interpolated between them.
-EPOCH = LONG | dict(
-    dataset="large", eval_interval=50, save_interval=1500
-)  # as many tokens as data/large has, drawn at random
+EPOCH = LONG | dict(dataset="large", eval_interval=50, save_interval=1500)  # its tokens once, drawn at random
 THIRD = EPOCH | dict(max_steps=500, eval_interval=100)
 SMALL = dict(n_layer=8, n_embd=384, n_head=6, n_kv_head=3, head_dim=64, n_inner=896, tie_embeddings=True)  # 32.3M
 SMALL |= dict(dataset="large", block_size=512, batch_size=32, micro_batch_size=32, eval_interval=100, eval_windows=256)

@@ -1,7 +1,7 @@
 """The time from the command line to the first training step, or to a whole text, in fresh processes.
 
 python -m bench.start            # the preset ldiff; its data sets are prepared first
-python -m bench.start --out /tmp/bench --compile whole
+python -m bench.start --compile whole
 
 train.py, sft.py, dpo.py and sample.py run with empty caches of the compilers, and again with what that has left there.
 The last three start from a model of random numbers. The columns are seconds since the command: to the line that
@@ -19,12 +19,11 @@ from dataclasses import asdict
 from bench import Table, model_config, parse_arguments
 from data.dataset import prepared_directory
 from engine.checkpoint import save_checkpoint
+from engine.graphs import COMPILE_MODES
 from engine.settings import UserError, run_script
 from model import GPT
 
-FLAGS = dict(
-    compile=dict(default="auto", choices=("auto", "on", "whole", "off"), help="of train.py"),
-)
+FLAGS = dict(compile=dict(default="auto", choices=COMPILE_MODES, help="of train.py"))
 MARKS = {"model: ": "model", "validation loss": "validated", "step 1/": "first step"}  # in what a script prints
 DATASETS = {"wikitext2": "", "slimorca": "sft", "orca_dpo_pairs": "dpo"}  # of the preset ldiff, and their kinds
 
@@ -44,8 +43,8 @@ def measure(script, flags, caches):
                         seconds[name] = time.perf_counter() - started
                 if "first step" in seconds:
                     break
-            else:
-                process.wait()
+            if "first step" not in seconds:
+                process.wait()  # it has printed all
         finally:  # Ctrl-C, too, must not leave it running
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # with the processes that compile

@@ -128,6 +128,21 @@ def save_checkpoint(path, previous=None, **contents):
         raise UserError(f"cannot save {path} ({reason.strerror}); what was saved before is still there") from error
 
 
+def save_model(folder, state, config, encoding, **contents):
+    """Write a model that no run has made to folder/best.pt, and its tokenizer beside it.
+
+    Files of an earlier run there are moved aside.
+    """
+    folder, data = Path(folder), {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab}
+    with run_folder(folder):
+        archive_previous_run(folder)
+        encoding.save(folder)
+        save_checkpoint(folder / BEST, model=state, config=asdict(config), data=data, **contents)
+    size = sum({tensor.data_ptr(): tensor.numel() for tensor in state.values()}.values())  # tied tensors once
+    use = "completes text" if contents["stage"] == "pretrain" else "chats"
+    print(f"{folder / BEST}: {config.attn}, {size / 1e6:.1f}M parameters, a context of {config.block_size}; it {use}")
+
+
 def load_checkpoint(path):
     """Load what save_checkpoint() wrote, on the CPU, and its path.
 

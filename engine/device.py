@@ -1,4 +1,4 @@
-"""The device: choosing it, its precision and peak, its random state, and advice when its memory is full."""
+"""The device: choosing it, its precision and peak, its random state, steps without waiting, advice on full memory."""
 
 import contextlib
 import re
@@ -81,6 +81,18 @@ def set_rng_state(state):
     torch.set_rng_state(state["cpu"])
     if len(state["cuda"]) == torch.cuda.device_count():  # a run may go on with another number of GPUs
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def step_unless(skipped, optimizer):
+    """Take an optimizer's step, but leave weights and optimizer as they are if `skipped`, a tensor, is True.
+
+    Fused Adam does nothing where found_inf is 1, but on mps. With other optimizers, the CPU waits for the GPU to know.
+    """
+    if isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["fused"] and skipped.device.type != "mps":
+        optimizer.found_inf = skipped.float()
+        optimizer.step()
+    elif not skipped:
+        optimizer.step()
 
 
 @contextlib.contextmanager

@@ -127,6 +127,27 @@ def read_chat_template(folder):
     return template if isinstance(template, str) else ""
 
 
+def shapes(build):
+    """Return {name: shape} of the state_dict of the model that build() makes, without memory for it.
+
+    Raises UserError if config.json has sizes beyond all numbers.
+    """
+    try:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in build().state_dict().items()}
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"config.json cannot be used: {error}") from error
+
+
+def tie(tensors, name, like):
+    """Return {name: tensor} with `name` as another name of the tensor `like`. Raises UserError if it is another one."""
+    if name not in tensors and like in tensors:
+        return tensors | {name: tensors[like]}
+    if name in tensors and like in tensors and not torch.equal(tensors[name], tensors[like]):
+        raise UserError(f"config.json ties {name} to {like}, and the weights have another {name}")
+    return tensors
+
+
 def check_tensors(tensors, shapes):
     """Raise UserError unless {name: tensor} are finite and have just these {name: shape}."""
     for name, shape in shapes.items():

@@ -63,8 +63,8 @@ def describe(task):
         size += f", {si(task.flops_per_unit)} FLOPs a {task.unit.removesuffix('s')}"
     print_line(f"model: {task.model.config.attn}, {size}, on {machine}")
     if wants_compile(task.settings.compile, task.device):
-        seconds = 30 if task.settings.compile == "whole" else 15
-        print_line(f"compiling: about {seconds} s before the first step, less in a second run")
+        seconds = 15 if getattr(task, "compiled", task.model) is task.model else 30  # layer by layer, or whole
+        print_line(f"compiling before the first step: about {seconds} s on an H200, less in a second run")
 
 
 class Log:

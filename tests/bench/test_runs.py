@@ -161,8 +161,8 @@ def test_a_run_has_the_shape_of_the_model_it_starts_from(plan, tmp_path, monkeyp
     other = dict(init_from=f"{tmp_path}/start/best.pt", block_size=16, n_layer=1, n_embd=64, n_head=1, n_inner=8)
     with interrupted_by_saving(monkeypatch):
         train_run(plan(**other), tmp_path / "run", tmp_path / "run.csv")
-    train_run(plan(**other), tmp_path / "run", tmp_path / "run.csv")
-    before, after = (load_checkpoint(path)["config"] for path in (other["init_from"], tmp_path / "run" / NEWEST))
+    train_run(plan(keep="last", **other), tmp_path / "run", tmp_path / "run.csv")
+    before, after = (load_checkpoint(path)["config"] for path in (other["init_from"], tmp_path / "run" / "best.pt"))
     assert after == before | {"block_size": 16} and before["n_kv_head"] == 1
     with pytest.raises(UserError, match="the checkpoint's model has attn v2, but the settings say vanilla"):
         train_run(plan(**other, attn="vanilla"), tmp_path / "plain", tmp_path / "plain.csv")

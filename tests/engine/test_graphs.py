@@ -1,12 +1,16 @@
 """Compiled models, and CUDA graphs: the same losses and gradients."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from small import STAGES, log_of, tiny_model, tune, weights_of, write_tuning_data
 
+import dpo
 import sft
+import train
+from data.write import write_dataset
 from engine.graphs import bf16_copy, compile_for_tuning, compile_model
 from lora import apply_lora, disable_lora, lora_state_dict
 from model import ATTENTION
@@ -36,6 +40,56 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(attn, mode, monkeypatc
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def programs(monkeypatch):
+    """What torch.compile makes, in a list. A graph break is an error."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, dynamic=None, options=None: compile(f, fullgraph=True, dynamic=dynamic, backend=backend),
+    )
+    return graphs
+
+
+@pytest.mark.parametrize("mode, count", [("off", 0), ("on", 2), ("whole", 1)])
+def test_pretraining_compiles_its_steps_alone(mode, count, programs, tmp_path):
+    """Layers share a program, the last norm has another. Validation and samples have none."""
+    write_dataset(tmp_path / "text", {"train": ["text" * 99], "val": ["text" * 99]}, "bytes", "a test")
+    shape = dict(block_size=16, n_layer=3, n_embd=32, n_head=2, head_dim=16, n_inner=48)
+    settings = train.Settings(dataset=f"{tmp_path}/text", batch_size=2, micro_batch_size=2, device="cpu", **shape)
+    task = train.Pretraining(replace(settings, compile=mode))
+    task.evaluate()
+    assert not programs
+    _, (tensors,) = task.get_batch(1)
+    train.forward_backward(task, tensors)
+    task.evaluate()
+    task.sample(3)
+    assert len(programs) == count
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_tuning_validates_uncompiled(stage, programs, tmp_path, monkeypatch):
+    home, flags = write_tuning_data(tmp_path), ["--device", "cpu", "--compile", "on", "--max_steps", 3]
+    task_class, made = {"sft": sft.SFT, "dpo": dpo.DPO}[stage], []
+    evaluate = task_class.evaluate
+
+    def counted(task):
+        before = len(programs)
+        result = evaluate(task)
+        made.append(len(programs) - before)
+        return result
+
+    monkeypatch.setattr(task_class, "evaluate", counted)
+    tune(stage, home, tmp_path / "run", *flags)
+    assert made == [0, 0] and len(programs) == (1 if stage == "sft" else 2)  # DPO's reference has another
+
+
 def test_an_adapted_model_compiles_into_one_graph():
     model, idx = apply_lora(tiny_model("v2", n_layer=1), rank=4, alpha=8), torch.arange(24).view(2, 12)
     for name, parameter in model.named_parameters():
@@ -48,22 +102,13 @@ def test_an_adapted_model_compiles_into_one_graph():
 
 
 @pytest.mark.parametrize("attn", ["v1", "v2"])
-def test_layers_compile_without_graph_breaks_once_for_all_shapes(attn, monkeypatch):
+def test_layers_compile_without_graph_breaks_once_for_all_shapes(attn, programs):
     model = apply_lora(tiny_model(attn, n_layer=2, block_size=96), 4, 8, dropout=0.5)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    compile = torch.compile
-    for_test = dict(fullgraph=True, backend=backend)
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile(f, dynamic=dynamic, **for_test))
     compile_for_tuning(model)
     for B, T in ((2, 20), (3, 30), (4, 50), (5, 64)):
         idx, positions = torch.zeros(B, T, dtype=torch.long), torch.arange(T)
         (-sft.token_logps(model, idx, positions, positions % 64).sum()).backward()
-    assert len(graphs) == 1
+    assert len(programs) == 1
 
 
 def test_layers_with_shared_keys_stay_within_the_limit_of_programs(monkeypatch):

@@ -62,10 +62,12 @@ def test_compiling_is_announced(mode, device, seconds, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     meta = dict(source="text", tokens=dict(train=1), tokenizer="bytes")
     task = SimpleNamespace(settings=Settings(compile=mode), meta=meta, model=tiny_model("v2"), flops_per_unit=None)
-    task.device = torch.device(device)
+    task.device, task.compiled = torch.device(device), object() if mode == "whole" else task.model
     describe(task)
     printed = capsys.readouterr().out
-    assert (f"compiling: about {seconds} s before" in printed) if seconds else ("compiling" not in printed)
+    assert (
+        (f"compiling before the first step: about {seconds} s" in printed) if seconds else ("compiling" not in printed)
+    )
 
 
 @pytest.mark.parametrize("is_terminal, seconds, shown", [(True, 0.6, True), (True, 0, False), (False, 0.6, False)])
