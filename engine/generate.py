@@ -82,7 +82,8 @@ class Decoder:
         self.cache = KVCache(model, batch_size, length, model.embed(self.token).dtype, device)
         self.hidden = model.hidden
         if compile:
-            for layer in model.layers:  # to read prompts of any length; they share a program
+            # To read prompts of any length; they share a program. The layers above read a single token.
+            for layer in model.layers[: model.config.n_kv_layers]:
                 layer.compile(dynamic=True)
             # The first option makes kernels of products with a single row, which take in what comes before and after
             # them; the second makes one kernel of several that do not depend on each other.

@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import threading
 
 import torch
 import torch._functorch.config
 import torch.nn as nn
 
 from engine import parallel
+from engine.attention import has_differential_kernel, kernels
 
 COMPILE_MODES = ("auto", "on", "whole", "off")  # on: layer by layer; auto: so with CUDA; whole: the model at once
 
@@ -25,11 +27,12 @@ def compile_model(model, mode, device):
     # The backward pass may recompute cheap things that feed a matrix product, like norms, instead of keeping them: a
     # fifth less memory, about 1 % slower.
     torch._functorch.config.ban_recompute_materialized_backward = False
-    if mode == "whole" and parallel.WORLD_SIZE == 1:
-        configure_compiler()
-        return torch.compile(model)
     if wants_compile(mode, device):
-        compile_modules((*model.layers, model.norm))
+        with compiling_kernels(model, device):
+            if mode == "whole" and parallel.WORLD_SIZE == 1:
+                configure_compiler()
+                return torch.compile(model)
+            compile_modules((*model.layers, model.norm))
     return model
 
 
@@ -45,8 +48,9 @@ def compile_for_tuning(model):
 
     # Embeddings are frozen. If they have a gradient all the same, the first layer has the others' program.
     model.layers[0].register_forward_pre_hook(require_gradient)
-    torch._dynamo.config.specialize_float = True  # else LoRA's scale is computed anew, on the CPU
-    compile_modules(model.layers, dynamic=True, options={"emulate_precision_casts": True})
+    with compiling_kernels(model, model.rope_cos.device):
+        torch._dynamo.config.specialize_float = True  # else LoRA's scale is computed anew, on the CPU
+        compile_modules(model.layers, dynamic=True, options={"emulate_precision_casts": True})
 
 
 def compile_modules(modules, **options):
@@ -67,6 +71,31 @@ def configure_compiler():
         from torch._inductor.async_compile import maybe_warm_pool
 
         maybe_warm_pool()  # the processes that compile Triton kernels take seconds to start: meanwhile, go on
+
+
+@contextlib.contextmanager
+def compiling_kernels(model, device):
+    """Compile the Triton kernels of training, for seconds, in a thread while the context imports PyTorch's compiler."""
+    if kernels is None or device.type != "cuda":
+        yield
+        return
+
+    def run_kernels():
+        config, attn, options = model.config, model.layers[0].attn, dict(dtype=torch.bfloat16, device=device)
+        # If a kernel fails here, training fails at the same place, where a user sees why.
+        with torch.cuda.device(device), contextlib.suppress(Exception):
+            kernels.cross_entropy_(torch.zeros(1, config.vocab_size, **options), torch.zeros(1, device=device).long())
+            q = torch.zeros(1, 64, attn.q_per_head * config.n_head, config.head_dim, **options)
+            k, v = torch.zeros(2, 1, 64, config.n_kv_head, config.head_dim, **options)
+            v = v.view(1, 64, -1, attn.value_width * config.head_dim)
+            longest = q[:, :1].expand(-1, config.block_size, -1, -1)
+            if hasattr(attn, "lam") and has_differential_kernel(longest, k, v, impl=config.attn_impl):
+                kernels.compile_differential_attention(q, k, v)
+
+    thread = threading.Thread(target=run_kernels)
+    thread.start()
+    yield
+    thread.join()
 
 
 def uncompiled():

@@ -78,7 +78,7 @@ def _forward_blocks(
     return top1, total1, values1, top2, total2, values2
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "pairs"])
 def _forward_kernel(
     q_desc, k_desc, v_desc, out_desc, out2_desc, lam, log_totals, T, pairs,
     SCALE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -152,7 +152,7 @@ def _key_blocks(
     return dk1, dk2, dv
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "pairs"])
 def _key_gradient_kernel(
     q_desc, k_desc, v_desc, grad_desc, dk_desc, dv_desc, lam, log_totals, dots, T, pairs,
     SCALE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -203,7 +203,7 @@ def _query_blocks(
     return dq1, dq2
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "pairs"])
 def _query_gradient_kernel(
     q_desc, k_desc, v_desc, grad_desc, dq_desc, lam, log_totals, dots, T, pairs,
     SCALE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -247,14 +247,15 @@ def _descriptor(x, tokens):
 
 
 def _shared_arguments(q, k, v):
-    """Return the arguments that all three kernels share."""
-    (B, T, H, D), G, Dv = q.shape, v.size(2), v.size(3)
+    """Return the arguments that all three kernels share. Raises ValueError if the heads do not go together."""
+    (B, T, H, D), K, (G, Dv) = q.shape, k.size(2), v.shape[2:]
+    if H % (2 * G) or K not in (G, 2 * G):
+        raise ValueError(f"{H} query, {K} key and {G} value heads do not make pairs of maps")
     N = H // 2
-    return dict(T=T, pairs=B * N, SCALE=D**-0.5, N=N, GROUP=N // G, KEYS=k.size(2) // G, D=D, DV=Dv)
+    return dict(T=T, pairs=B * N, SCALE=D**-0.5, N=N, GROUP=N // G, KEYS=K // G, D=D, DV=Dv)
 
 
-@torch.library.custom_op("ldiff::differential_attention", mutates_args=())
-def _differential_attention(
+def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lam: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the output and O2, (B, T, N, Dv) each, and both maps' log2 totals (2, B, N, T).
@@ -271,6 +272,9 @@ def _differential_attention(
     return out, out2, log_totals
 
 
+_differential_attention = torch.library.custom_op("ldiff::differential_attention", _forward, mutates_args=())
+
+
 @_differential_attention.register_fake
 def _empty_outputs(q, k, v, lam):
     B, T, H, _ = q.shape
@@ -278,8 +282,7 @@ def _empty_outputs(q, k, v, lam):
     return out, out2, lam.new_empty(2, *lam.shape)
 
 
-@torch.library.custom_op("ldiff::differential_attention_backward", mutates_args=())
-def _differential_attention_backward(
+def _backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lam: torch.Tensor,
     log_totals: torch.Tensor, dots: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -298,6 +301,11 @@ def _differential_attention_backward(
     return dq, dk, dv
 
 
+_differential_attention_backward = torch.library.custom_op(
+    "ldiff::differential_attention_backward", _backward, mutates_args=()
+)
+
+
 @_differential_attention_backward.register_fake
 def _empty_gradients(grad, q, k, v, lam, log_totals, dots):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -308,7 +316,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output)
 
 
-def _backward(ctx, grad, *unused):
+def _gradients(ctx, grad, *unused):
     q, k, v, lam, out, out2, log_totals = ctx.saved_tensors
     d2 = (grad.float() * out2).sum(-1).transpose(1, 2)  # (B, N, T)
     d1 = (grad.float() * out).sum(-1).transpose(1, 2) + lam * d2  # for O1 = out + lambda O2
@@ -316,7 +324,7 @@ def _backward(ctx, grad, *unused):
     return *_differential_attention_backward(grad.contiguous(), q, k, v, lam, log_totals, dots), -d2
 
 
-_differential_attention.register_autograd(_backward, setup_context=_setup_context)
+_differential_attention.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def differential_attention(q, k, v, lam):
@@ -326,11 +334,20 @@ def differential_attention(q, k, v, lam):
     heads, map m of the pairs in group g reads key head 2g + m; with G, both read key head g. D and Dv are powers of 2
     from 16 to 128. Raises ValueError if the heads do not go together.
     """
-    (B, T, H, _), K, G = q.shape, k.size(2), v.size(2)
-    if H % (2 * G) or K not in (G, 2 * G):
-        raise ValueError(f"{H} query, {K} key and {G} value heads do not make pairs of maps")
+    B, T, H, _ = q.shape
     lam = lam.float().expand(B, T, H // 2).transpose(1, 2).contiguous()
     return _differential_attention(q.contiguous(), k.contiguous(), v.contiguous(), lam)[0]
+
+
+def compile_differential_attention(q, k, v):
+    """Compile the kernels for tensors like these, of any number of tokens, by running them once without autograd.
+
+    Unlike a custom operator, this does not wait for the import of PyTorch's compiler.
+    """
+    B, T, H, _ = q.shape
+    lam = torch.zeros(B, H // 2, T, device=q.device)
+    out, _, log_totals = _forward(q, k, v, lam)
+    _backward(out, q, k, v, lam, log_totals, torch.zeros_like(log_totals))
 
 
 # ---------------------------------------------------------------------------------------------------
