@@ -99,7 +99,7 @@ def test_the_runs_on_the_large_corpus():
     assert (wide.n_head, wide.head_dim) == (6, 128) and replace(wide, n_head=12, head_dim=64) == usual
     half, usual = (planned[f"large/{kind}-4"].settings for kind in ("v2-half", "v2"))
     assert half.n_kv_layers == 6 and replace(half, n_kv_layers=0, n_inner=half.n_inner - 256) == usual
-    assert {plan.settings.learning_rate for plan in groups["fair"].values()} == {3e-4, 6e-4, 1.2e-3}
+    assert {plan.settings.learning_rate for plan in groups["fair"].values()} == {6e-4, 1.2e-3, 2.4e-3}
     assert {plan.settings.learning_rate for plan in groups["stable"].values()} == {2e-3}
     for name, plan in groups["retrieval"].items():
         start, s = planned[plan.after], plan.settings
