@@ -58,8 +58,10 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self):
         """Return a plain linear layer with W + (alpha / rank) * B A, added in float32 and cast once."""
-        delta = self.scaling * self.lora_B.double() @ self.lora_A.double()  # autocast and TF32 leave float64 alone
-        weight = (self.base.weight.float() + delta.float()).to(self.base.weight.dtype)
+        # float64, since autocast and TF32 leave it alone, and on the CPU, since a Mac's GPU has none.
+        A, B = self.lora_A.cpu().double(), self.lora_B.cpu().double()
+        weight = self.base.weight
+        weight = (weight.float() + (self.scaling * B @ A).float().to(weight.device)).to(weight.dtype)
         self.base.weight = nn.Parameter(weight)  # a new one, so that a tied embedding stays as it is
         return self.base
 

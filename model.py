@@ -202,8 +202,7 @@ class DiffAttnV1(Attention):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         # A buffer, because torch.compile would make a program for every value of a float. Layers count from 0.
-        lambda_init = torch.tensor(0.8 - 0.6 * math.exp(-0.3 * layer), dtype=torch.float64)
-        self.register_buffer("lambda_init", lambda_init, persistent=False)
+        self.register_buffer("lambda_init", torch.tensor(0.8 - 0.6 * math.exp(-0.3 * layer)), persistent=False)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
             self.register_parameter(name, nn.Parameter(torch.zeros(config.head_dim).normal_(std=0.1)))
         self.subln = RMSNorm(2 * config.head_dim, config.norm_eps)

@@ -75,6 +75,25 @@ def test_merged_equals_unmerged(attn, changes):
     assert all(parameter.requires_grad for parameter in merged.parameters())
 
 
+def test_merging_asks_no_float64_of_a_gpu(monkeypatch):
+    """A Mac's has none. Here, what has not passed through .cpu() is taken to be on one."""
+    model, moved, cpu, double = adapted_model("v2"), [], torch.Tensor.cpu, torch.Tensor.double
+    expected = model(IDX)[0]
+
+    def move(tensor):
+        moved.append(cpu(tensor).clone())
+        return moved[-1]
+
+    def cast(tensor):
+        assert any(tensor is known for known in moved)
+        return double(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", move)
+    monkeypatch.setattr(torch.Tensor, "double", cast)
+    torch.testing.assert_close(merge_lora(model)(IDX)[0], expected, rtol=1e-4, atol=1e-4)
+    assert moved
+
+
 def test_merging_leaves_a_tied_embedding_as_it_is():
     """The adapter is the output layer's alone."""
     model = apply_lora(tiny_model("v2", tie_embeddings=True), rank=4, alpha=8, targets=("q_proj", "lm_head"))

@@ -55,6 +55,12 @@ def test_outputs_and_gradients_follow_the_equations(float64, attn, heads, impl):
         torch.testing.assert_close(parameter.grad, weights[name.removesuffix(".weight")].grad, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("attn", ATTENTION)
+def test_a_model_has_no_float64_which_a_mac_has_not(attn):
+    model = tiny_model(attn)
+    assert {t.dtype for t in (*model.parameters(), *model.buffers())} == {torch.float32}
+
+
 @pytest.mark.parametrize("n_kv_layers", [0, 1, 2])
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_whole_model_follows_the_equations(float64, attn, n_kv_layers):

@@ -56,7 +56,7 @@ def test_peak_of_the_gpu_by_its_name(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "mode, device, seconds", [("auto", "cpu", None), ("off", "cuda", None), ("auto", "cuda", 15), ("whole", "cuda", 30)]
+    "mode, device, seconds", [("auto", "cpu", None), ("off", "cuda", None), ("auto", "cuda", 10), ("whole", "cuda", 25)]
 )
 def test_compiling_is_announced(mode, device, seconds, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
