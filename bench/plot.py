@@ -20,14 +20,15 @@ PANELS = {  # column of log.csv -> title; speeds are per_s columns
 def read_run(path):
     """Read a log.csv, or that of a run's folder -> {column: (steps,)}, NaN where it is empty, speed as per_s.
 
-    Raises UserError if it cannot be read.
+    `unit` is what the speed counts, "tokens" or "pairs". Raises UserError if the log cannot be read.
     """
     path = Path(path) / "log.csv" if Path(path).is_dir() else Path(path)
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         log = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0] if name != "lambdas"}
-        log["per_s"] = next(values for name, values in log.items() if name.endswith("_per_s"))
+        speed = next(name for name in log if name.endswith("_per_s"))
+        log |= {"per_s": log[speed], "unit": speed.removesuffix("_per_s")}
         if not log.keys() >= {"step", *PANELS}:
             raise KeyError
     except OSError as error:
@@ -43,12 +44,15 @@ def summary(name, log):
     row = {"run": name, "steps": int(log["step"][-1]), "loss, last 50 steps": f"{np.nanmean(log['loss'][-50:]):.4f}"}
     row["held-out, lowest"] = f"{held_out.min():.4f}" if len(held_out) else ""
     row["held-out, last"] = f"{held_out[-1]:.4f}" if len(held_out) else ""
-    return row | {"units a second, median": f"{np.nanmedian(log['per_s']):,.0f}"}
+    return row | {"speed, median": f"{np.nanmedian(log['per_s']):,.0f} {log['unit']}/s"}
 
 
 def draw(logs, path):
     """Draw {name: log} to a picture. Thin lines are values of steps, thick ones averages over 20."""
     figure, axes = plt.subplots(2, 2, figsize=(12, 7.5))
+    units = dict.fromkeys(log["unit"] for log in logs.values())
+    nats = f"nats per {' or '.join(unit.removesuffix('s') for unit in units)}"
+    labels = dict(loss=nats, val_loss=nats, grad_norm="L2 norm", per_s=f"{' or '.join(units)} a second")
     for axis, (column, title) in zip(axes.flat, PANELS.items()):
         for number, (name, log) in enumerate(logs.items()):
             color, known = f"C{number}", ~np.isnan(log[column])
@@ -59,8 +63,7 @@ def draw(logs, path):
                 line = np.exp(smooth(np.log(values))) if column == "grad_norm" else smooth(values)  # spikes weigh less
                 axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.5)
                 axis.plot(steps[-len(line) :], line, color=color, linewidth=1.5, label=name)
-        units = {"per_s": "tokens or pairs a second", "grad_norm": "L2 norm"}.get(column, "nats per token")
-        axis.set(xlabel="step", ylabel=units, title=title, yscale="log" if column == "grad_norm" else "linear")
+        axis.set(xlabel="step", ylabel=labels[column], title=title, yscale="log" if column == "grad_norm" else "linear")
     axes[0, 0].legend(fontsize=8)
     save(figure, path)
 

@@ -33,7 +33,7 @@ def test_reads_a_folder_or_a_file(run):
 
 
 def test_summary(run):
-    expected = ["a", 3, "1.5000", "1.7500", "1.8750", "200"]
+    expected = ["a", 3, "1.5000", "1.7500", "1.8750", "200 tokens/s"]
     assert list(plot.summary("a", plot.read_run(run)).values()) == expected
 
 
@@ -52,7 +52,11 @@ def test_a_missing_run_is_refused(tmp_path):
 def test_draws_runs_of_several_stages(run, tmp_path, monkeypatch, capsys):
     pairs = tmp_path / "pairs.csv"
     pairs.write_text(LOG.replace("tokens_per_s", "pairs_per_s"))
+    labels, save = [], plot.save
+    note = lambda figure, path: (labels.extend(axis.get_ylabel() for axis in figure.axes), save(figure, path))  # noqa: E731
+    monkeypatch.setattr(plot, "save", note)
     monkeypatch.setattr(sys, "argv", ["plot", str(run), str(pairs), "--out", str(tmp_path / "new" / "all.png")])
     plot.main()
     assert (tmp_path / "new" / "all.png").read_bytes()[:4] == b"\x89PNG"
+    assert labels == ["nats per token or pair", "nats per token or pair", "L2 norm", "tokens or pairs a second"]
     assert capsys.readouterr().out.count("| 3 | 1.5000 |") == 2
