@@ -210,7 +210,7 @@ class DiffAttnV1(Attention):
     def lam(self, x):
         """Return lambda, the factor of the second map: one number a layer, in float32, whatever x is."""
         q1, k1, q2, k2 = map(at_least_float32, (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
-        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init.type_as(q1)
+        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
 
     def forward(self, x, rope, cache=None, shared=None):
         q, k, v = self.qkv(x, rope, shared)

@@ -22,6 +22,7 @@ import train
 from bench import LARGE, SMOKE, Table, loop_ms, median_ms, model_config, parse_arguments, peak_gib, quiet, reset_memory
 from data.dataset import prefetch
 from data.write import write_examples
+from engine import parallel
 from engine.settings import run_script
 from model import ATTENTION, GPT
 
@@ -56,8 +57,7 @@ def make_task(stage, attn, arguments, folder, device):
     rows = [(prompt, answer, task_class.rows_per_example, seed) for seed in range(8 * examples)]
     write_examples(folder / "random" / stage, rows, random_example, "bytes", prompt + answer, "random")
     config = model_config(attn, prompt + answer, arguments.smoke, arguments.preset)
-    with device:  # a GPU draws random numbers quickly
-        weights = GPT(config).state_dict()
+    weights = parallel.build_on_device(lambda: GPT(config), device).state_dict()
     checkpoint = {"model": weights, "config": asdict(config), "data": {"tokenizer": "bytes"}}
     checkpoint["path"] = folder / "best.pt"  # a tokenizer of its own would lie beside it
     settings = {"micro_batch_size": examples, **script.PRESETS[arguments.preset]}

@@ -68,7 +68,7 @@ class Decoder:
 
     It has room for `batch_size` texts of `length` tokens. Only ids below n_vocab are produced, since the rest are
     padding; sample_token() explains temperature, top_k and top_p. compile=True takes a while at first, then runs
-    faster; the model's layers stay compiled. Reuse a Decoder: its CUDA graph is recorded once.
+    faster; layers with keys of their own stay compiled. Reuse a Decoder: its CUDA graph is recorded once.
     """
 
     def __init__(self, model, batch_size, length, compile=False, n_vocab=None, **options):
@@ -82,7 +82,8 @@ class Decoder:
         self.cache = KVCache(model, batch_size, length, model.embed(self.token).dtype, device)
         self.hidden = model.hidden
         if compile:
-            # To read prompts of any length; they share a program. The layers above read a single token.
+            # To read prompts of any length; they share a program. The layers above read a single token, and compiled
+            # for several texts they fail inside inductor (V1, torch 2.11).
             for layer in model.layers[: model.config.n_kv_layers]:
                 layer.compile(dynamic=True)
             # The first option makes kernels of products with a single row, which take in what comes before and after

@@ -75,27 +75,33 @@ def configure_compiler():
 
 @contextlib.contextmanager
 def compiling_kernels(model, device):
-    """Compile the Triton kernels of training, for seconds, in a thread while the context imports PyTorch's compiler."""
+    """Compile training's Triton kernels in a thread, which takes seconds, while the body imports PyTorch's compiler."""
     if kernels is None or device.type != "cuda":
         yield
         return
-
-    def run_kernels():
-        config, attn, options = model.config, model.layers[0].attn, dict(dtype=torch.bfloat16, device=device)
-        # If a kernel fails here, training fails at the same place, where a user sees why.
-        with torch.cuda.device(device), contextlib.suppress(Exception):
-            kernels.cross_entropy_(torch.zeros(1, config.vocab_size, **options), torch.zeros(1, device=device).long())
-            q = torch.zeros(1, 64, attn.q_per_head * config.n_head, config.head_dim, **options)
-            k, v = torch.zeros(2, 1, 64, config.n_kv_head, config.head_dim, **options)
-            v = v.view(1, 64, -1, attn.value_width * config.head_dim)
-            longest = q[:, :1].expand(-1, config.block_size, -1, -1)
-            if hasattr(attn, "lam") and has_differential_kernel(longest, k, v, impl=config.attn_impl):
-                kernels.compile_differential_attention(q, k, v)
-
-    thread = threading.Thread(target=run_kernels)
+    thread = threading.Thread(target=run_kernels, args=(model, device))
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def run_kernels(model, device):
+    """Run the Triton kernels with which `model` trains once, on small tensors: they serve for tensors of any size.
+
+    A model that is tuned on texts shorter than its context may need others.
+    """
+    with contextlib.suppress(Exception), torch.cuda.device(device):  # training compiles, or fails, again
+        config, attn, options = model.config, model.layers[0].attn, dict(dtype=torch.bfloat16, device=device)
+        kernels.cross_entropy_(torch.zeros(1, config.vocab_size, **options), torch.zeros(1, device=device).long())
+        heads, D, width = attn.q_per_head * config.n_head, config.head_dim, attn.value_width
+        q = torch.zeros(1, 64, heads, D, **options)
+        k = torch.zeros(1, 64, config.n_kv_head, D, **options)
+        v = torch.zeros(1, 64, config.n_kv_head // width, width * D, **options)
+        whole = q[:, :1].expand(-1, config.block_size, -1, -1)  # whether there is a kernel depends on the context
+        if hasattr(attn, "lam") and has_differential_kernel(whole, k, v, impl=config.attn_impl):
+            kernels.compile_differential_attention(q, k, v)
 
 
 def uncompiled():

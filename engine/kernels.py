@@ -262,9 +262,8 @@ def _forward(
 
     lam is (B, N, T) float32.
     """
-    BM, BN = FORWARD["BM"], FORWARD["BN"]
+    BM, BN, shape = FORWARD["BM"], FORWARD["BN"], _shared_arguments(q, k, v)
     out, out2, log_totals = _empty_outputs(q, k, v, lam)
-    shape = _shared_arguments(q, k, v)
     _forward_kernel[(triton.cdiv(q.size(1), BM) * shape["pairs"],)](
         _descriptor(q, BM), _descriptor(k, BN), _descriptor(v, BN), _descriptor(out, BM), _descriptor(out2, BM), lam,
         log_totals, **shape, **FORWARD,
@@ -272,6 +271,7 @@ def _forward(
     return out, out2, log_totals
 
 
+# By a call, here and below, so that the function can run without the operator, too.
 _differential_attention = torch.library.custom_op("ldiff::differential_attention", _forward, mutates_args=())
 
 
@@ -340,7 +340,7 @@ def differential_attention(q, k, v, lam):
 
 
 def compile_differential_attention(q, k, v):
-    """Compile the kernels for tensors like these, of any number of tokens, by running them once without autograd.
+    """Compile the kernels for tensors like these, of any number of texts and tokens, by running them once.
 
     Unlike a custom operator, this does not wait for the import of PyTorch's compiler.
     """

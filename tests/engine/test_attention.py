@@ -92,6 +92,13 @@ def test_the_fused_kernel_is_called_with_what_the_two_lines_read(attn, monkeypat
     assert calls == [(2, 20, 12) if attn == "v2" else ()] * 3
 
 
+@pytest.mark.skipif(engine.attention.kernels is None, reason="needs Triton")
+def test_heads_that_make_no_pairs_are_refused():
+    q, k = torch.zeros(1, 8, 6, 16), torch.zeros(1, 8, 4, 16)
+    with pytest.raises(ValueError, match="6 query, 4 key and 4 value heads do not make pairs of maps"):
+        engine.attention.differential_attention(q, k, k, torch.zeros(1, 8, 3))
+
+
 # ------------------------------------------------------------------------------------- on a GPU
 
 

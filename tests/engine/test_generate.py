@@ -191,6 +191,13 @@ def test_a_prepared_model_computes_the_same_and_keeps_its_weights(float64, attn,
     assert torch.equal(other(idx)[0], expected)
 
 
+@pytest.mark.parametrize("n_kv_layers, compiled", [(0, [True, True, True]), (1, [True, False, False])])
+def test_layers_that_read_a_whole_prompt_are_compiled(n_kv_layers, compiled):
+    model = tiny_model("v1", "grouped", n_kv_layers=n_kv_layers)
+    Decoder(model, batch_size=2, length=8, compile=True)
+    assert [layer._compiled_call_impl is not None for layer in model.layers] == compiled
+
+
 # ------------------------------------------------------------------------------------- on a GPU
 
 

@@ -1,17 +1,23 @@
 """Compiled models, and CUDA graphs: the same losses and gradients."""
 
+import contextlib
+import threading
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small import STAGES, log_of, tiny_model, tune, weights_of, write_tuning_data
 
 import dpo
+import engine.graphs
+import model as model_module
 import sft
 import train
 from data.write import write_dataset
-from engine.graphs import bf16_copy, compile_for_tuning, compile_model, compiling_kernels
+from engine.attention import gpu_generation
+from engine.graphs import bf16_copy, compile_for_tuning, compile_model, compiling_kernels, run_kernels
 from lora import apply_lora, disable_lora, lora_state_dict
 from model import ATTENTION
 
@@ -137,12 +143,65 @@ def test_copy_with_frozen_matrices_in_bf16():
         assert torch.equal(theirs, ours.to(theirs.dtype))
 
 
+@pytest.fixture
+def stub_kernels(monkeypatch):
+    """A GPU's kernels: what they are called with, in a list."""
+    calls = []
+    stub = SimpleNamespace(
+        cross_entropy_=lambda *tensors: calls.append(("loss", *tensors)),
+        compile_differential_attention=lambda *tensors: calls.append(("attention", *tensors)),
+    )
+    monkeypatch.setattr(engine.graphs, "kernels", stub)
+    monkeypatch.setattr(engine.graphs, "has_differential_kernel", lambda q, k, v, impl: q.size(1) <= 24)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return calls
+
+
+@pytest.mark.parametrize("block_size", [24, 32])
+@pytest.mark.parametrize("attn", ATTENTION)
+def test_kernels_run_early_on_tensors_like_those_of_training(attn, block_size, stub_kernels, monkeypatch):
+    model, seen = tiny_model(attn, "grouped", block_size=block_size), []
+    run_kernels(model, torch.device("cpu"))
+    (_, logits, targets), *others = stub_kernels
+    assert (logits.shape, logits.dtype, targets.dtype) == ((1, 64), torch.bfloat16, torch.int64)
+    if attn == "vanilla" or block_size > 24:  # where there is no kernel
+        assert not others
+        return
+    kernel = lambda q, k, v, lam: seen.extend((q, k, v)) or q.new_zeros(*q.shape[:2], q.size(2) // 2, v.size(3))  # noqa: E731
+    monkeypatch.setattr(model_module, "has_differential_kernel", lambda *args: True)
+    monkeypatch.setattr(model_module, "differential_attention", kernel)
+    model(torch.zeros(1, 4, dtype=torch.long))
+    assert [x.shape[2:] for x in others[0][1:]] == [x.shape[2:] for x in seen[:3]]
+    assert {x.dtype for x in others[0][1:]} == {torch.bfloat16}
+
+
+def test_kernels_that_cannot_run_early_stop_nothing(stub_kernels):
+    run_kernels(SimpleNamespace(), torch.device("cpu"))  # a fork's model, say
+    assert not stub_kernels
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_kernels_run_while_the_compiler_is_imported(error, monkeypatch):
+    """The thread has ended when the context does, also by Ctrl-C."""
+    steps, imported = [], threading.Event()
+    monkeypatch.setattr(engine.graphs, "kernels", object())
+    monkeypatch.setattr(engine.graphs, "run_kernels", lambda *args: (imported.wait(10), steps.append("kernels")))
+    with contextlib.suppress(KeyboardInterrupt), compiling_kernels(None, torch.device("cuda")):
+        steps.append("import")
+        imported.set()
+        if error:
+            raise error
+    assert steps == ["import", "kernels"]
+
+
 @needs_gpu
 @pytest.mark.parametrize("attn", ATTENTION)
 def test_gpu_kernels_are_compiled_before_the_first_step(attn):
     """Then batches of any number of sequences and tokens compile none."""
     from engine import kernels
 
+    if attn != "vanilla" and gpu_generation("cuda") != (9, 0):
+        pytest.skip("the other kernels are for Hopper")
     functions = kernels._cross_entropy_kernel, kernels._forward_kernel
     functions += kernels._key_gradient_kernel, kernels._query_gradient_kernel
     for function in functions:
@@ -152,7 +211,7 @@ def test_gpu_kernels_are_compiled_before_the_first_step(attn):
         pass
     counts = [len(function.device_caches[0][0]) for function in functions]
     assert counts == ([1, 0, 0, 0] if attn == "vanilla" else [1, 1, 1, 1])
-    for B, T in ((1, 16), (3, 30)):
+    for B, T in ((1, 16), (3, 30), (8, 30)):  # Triton could tell multiples of 16 pairs apart
         idx = torch.randint(64, (B, T), device="cuda")
         with torch.autocast("cuda", torch.bfloat16):
             model(idx, idx)[1].backward()
@@ -168,7 +227,7 @@ def test_gpu_graphs_do_what_plain_steps_do(stage, tmp_path):
     """
     home, flags = write_tuning_data(tmp_path), ["--device", "cuda", "--micro_batch_size", 2, "--max_steps", 20]
     plain, graphs = (tune(stage, home, tmp_path / mode, *flags, "--compile", mode) for mode in ("off", "on"))
-    for column, bound in (("loss", 0.03), ("grad_norm", 0.08)):
+    for column, bound in (("loss", 0.03), ("grad_norm", 0.08 if stage == "dpo" else 0.03)):
         ours, expected = ([float(row[0]) for row in log_of(run.folder, column)] for run in (graphs, plain))
         assert ours == pytest.approx(expected, rel=bound)
     assert graphs.task.graphed and not plain.task.graphed

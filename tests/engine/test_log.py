@@ -56,13 +56,18 @@ def test_peak_of_the_gpu_by_its_name(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "mode, device, seconds", [("auto", "cpu", None), ("off", "cuda", None), ("auto", "cuda", 10), ("whole", "cuda", 25)]
-)
-def test_compiling_is_announced(mode, device, seconds, monkeypatch, capsys):
+    "stage, mode, device, seconds",
+    [("pretrain", "auto", "cpu", None), ("sft", "off", "cuda", None), ("pretrain", "auto", "cuda", 10),
+     ("pretrain", "whole", "cuda", 25), ("sft", "auto", "cuda", 15)],
+)  # fmt: skip
+def test_compiling_is_announced(stage, mode, device, seconds, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     meta = dict(source="text", tokens=dict(train=1), tokenizer="bytes")
     task = SimpleNamespace(settings=Settings(compile=mode), meta=meta, model=tiny_model("v2"), flops_per_unit=None)
-    task.device, task.compiled = torch.device(device), object() if mode == "whole" else task.model
+    task.device = torch.device(device)
+    task.model.embed_tokens.requires_grad_(stage == "pretrain")
+    if stage == "pretrain":
+        task.compiled = object() if mode == "whole" else task.model
     describe(task)
     printed = capsys.readouterr().out
     assert (
