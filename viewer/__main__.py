@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from engine.device import choose_device
 from engine.generate import Decoder
 from engine.terminal import printable
 from sample import ENDS, load_model
-from viewer.maps import layer_maps, read, summarize
+from viewer.maps import layer_maps, read
 
 MAX_TOKENS = 512  # of a text, beside the one that begins it: maps are quadratic
 KEPT = 4  # texts that can be looked at, for several windows
@@ -39,9 +40,12 @@ class Viewer:
 
     def __init__(self, paths):
         self.models, self.about, encodings = [], [], []
+        # One thread computes. PyTorch has helpers, one a core, for each thread that calls it; where there are more than
+        # cores, they sleep after each operation, and a text takes a fifth longer.
+        self.worker = ThreadPoolExecutor(1)
         for path in paths:
             print(f"loading {path}", file=sys.stderr)
-            model, encoding, checkpoint = load_model(path, choose_device("auto"))
+            model, encoding, checkpoint = self.worker.submit(load_model, path, choose_device("auto")).result()
             config, attn = model.config, model.layers[0].attn
             shape = dict(layers=config.n_layer, heads=config.n_head // attn.value_width, maps=1 + hasattr(attn, "lam"))
             stage, step = checkpoint["stage"], checkpoint["step"]
@@ -65,14 +69,15 @@ class Viewer:
         yield line(**self.keep(ids, len(ids)))
 
     def overview(self, body):
-        model, calls = self.kept(body)
-        for layer in range(len(calls)):
-            yield summarize(*layer_maps(model, calls, layer)).cpu().numpy().tobytes()
+        _, summaries = self.kept(body)
+        yield torch.stack(summaries).cpu().numpy().tobytes()
 
     def maps(self, body):
-        model, calls = self.kept(body)
-        for maps in layer_maps(model, calls, number(body, "layer", 0, len(calls) - 1)):
-            yield maps.cpu().numpy().tobytes()
+        calls, _ = self.kept(body)
+        maps = layer_maps(*calls[number(body, "layer", 0, len(calls) - 1)])
+        head = number(body, "head", 0, len(maps[0]) - 1)
+        for kind in maps:
+            yield kind[head].cpu().numpy().tobytes()
 
     def write(self, body):
         index, seed = number(body, "model", 0, len(self.models) - 1), number(body, "seed", 0, 2**53)
@@ -122,12 +127,11 @@ class Viewer:
         return dict(reading=self.count, tokens=self.labels(ids), start=start)
 
     def kept(self, body):
-        """Return the model that a request is about, and what read() returned for it."""
-        index = number(body, "model", 0, len(self.models) - 1)
-        calls = self.readings.get(number(body, "reading", 1, sys.maxsize))
-        if calls is None:
+        """Return what read() returned for the text and the model of a request."""
+        readings = self.readings.get(number(body, "reading", 1, sys.maxsize))
+        if readings is None:
             raise UserError("this text is no longer kept; read it again")
-        return self.models[index], calls[index]
+        return readings[number(body, "model", 0, len(self.models) - 1)]
 
     def labels(self, ids):
         """Return what each token stands for. Bytes that are only a part of a character are escaped."""
@@ -211,10 +215,11 @@ class Handler(BaseHTTPRequestHandler):
             yield from chunks
         elif self.path == "/write":  # token by token
             with viewer.turn:
-                yield from chunks
+                while chunk := viewer.worker.submit(next, chunks, None).result():
+                    yield chunk
         else:  # as a whole, so that a slow client keeps nobody waiting, and an error comes instead of a part
             with viewer.turn:
-                whole = b"".join(chunks)
+                whole = viewer.worker.submit(b"".join, chunks).result()
             yield whole
 
     def log_message(self, format, *arguments):
@@ -240,9 +245,9 @@ def main():
         server = Server(("127.0.0.1", arguments.port), Handler)
     except (OSError, OverflowError) as error:  # it is taken, or no port
         raise UserError(f"port {arguments.port}: {error}; --port names another") from error
-    server.viewer = Viewer(paths or [find_furthest()])
-    print(f"http://127.0.0.1:{server.server_port}/", flush=True)
     try:
+        server.viewer = Viewer(paths or [find_furthest()])
+        print(f"http://127.0.0.1:{server.server_port}/", flush=True)
         server.serve_forever()
     except KeyboardInterrupt:
         os._exit(130)  # as run_script(), but at once: torch would abort in a thread that outlives Python

@@ -4,6 +4,7 @@ Shapes are as in bench/probes.py: H is the number of heads after the subtraction
 """
 
 import contextlib
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,27 +16,34 @@ PICTURE = 32  # pixels on a side of a small picture
 
 @torch.no_grad()
 def read(model, ids):
-    """Read a list of T ids -> what the attention of every layer is called with.
+    """Read a list of T ids -> what the attention of each layer is called with, and its summary (H, 3 + PICTURE**2).
 
-    layer_maps() computes maps from it, which are quadratic and would not all fit.
+    layer_maps() computes the maps again from a call. They are quadratic and would not all fit.
     """
-    calls = []
-    with contextlib.ExitStack() as hooks:
+    calls, summaries = [], []
+
+    def look(attn, inputs, output):
+        calls.append((attn, *inputs))
+        summaries.append(summarize(*layer_maps(*calls[-1])))
+        attn.qkv.cache_clear()
+
+    with contextlib.ExitStack() as undo:
         for layer in model.layers:
-            hooks.enter_context(layer.attn.register_forward_pre_hook(lambda module, inputs: calls.append(inputs)))
+            layer.attn.qkv = lru_cache(1)(layer.attn.qkv)  # look() has the queries and keys that the model has computed
+            undo.callback(delattr, layer.attn, "qkv")
+            undo.enter_context(layer.attn.register_forward_hook(look))
         model.hidden(torch.tensor([ids], device=model.rope_cos.device))
-    return calls
+    return calls, summaries
 
 
 @torch.no_grad()
-def layer_maps(model, calls, layer):
-    """Compute the maps of a layer from what read() returned -> [first (H, T, T), second (H, T, T), factor (H, T, 1)].
+def layer_maps(attn, x, rope, cache, shared):
+    """Compute the maps of a call from read() -> [first (H, T, T), second (H, T, T), factor (H, T, 1)].
 
-    The weights that multiply the values are first - factor * second. The plain Transformer has first alone.
+    The weights that multiply the values are first - factor * second. The plain Transformer has first alone. `shared`
+    are the keys and values of a layer below, if this one reads those.
     """
-    x, rope, _, shared = calls[layer]  # shared: the keys and values of a layer below, if it reads those
-    maps = differential_maps(model.layers[layer].attn, x, rope, slice(None), shared)
-    return [kind[0] for kind in maps if kind is not None]
+    return [kind[0] for kind in differential_maps(attn, x, rope, slice(None), shared) if kind is not None]
 
 
 def summarize(first, second=None, factor=None):

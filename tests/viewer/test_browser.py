@@ -163,6 +163,53 @@ def test_choosing_a_head(page):
     wait_for_head(page, 0, 0)
 
 
+# Keeps what the page asks for, until it is answered by hand.
+HOLD = """
+window.held = [];
+const answer = fetch;
+window.fetch = (...request) => new Promise(done => held.push(() => done(answer(...request))))"""
+
+
+def test_maps_that_come_late(page):
+    """Only those of the head that was chosen last are shown."""
+    page = page("v2")
+    page.run(f"{HOLD}, choose(panes[0].about, 1), choose(panes[0].about, 2), undefined")
+    for _ in range(2):  # the last one first
+        page.run("held.pop()()")
+        wait_for_head(page, 0, 2)
+        page.run("new Promise(done => setTimeout(done, 200))")
+    wait_for_head(page, 0, 2)
+
+
+def test_pointing_while_maps_load(page):
+    """Nothing of the text before is shown."""
+    page = page("v2")
+    page.run(f"{HOLD}, undefined")
+    page.type("#text", "fox")
+    page.click("#read")
+    page.run("held.pop()()")
+    page.wait("held.length === 2")
+    page.move(".overview canvas", *mouse_at(1, 0))
+    assert page.run(TITLE) == ""
+    page.wait("document.querySelectorAll('#tokens span').length === 4")
+    page.move("#tokens span:nth-child(2)")
+    assert not any(shading(page))
+    page.run("held.forEach(answer => answer())")
+    page.wait(READY)
+    assert any(shading(page))
+
+
+def test_small_map(page):
+    """That of a text of 32 tokens is the large one; what a token cannot see is clear in both."""
+    page = page("v2")
+    read(page, "The fox jumps, and jumps again.")
+    pixels = "[...document.querySelector('{}').getContext('2d').getImageData({}, {}, 30, 30).data]"
+    small = page.run(pixels.format(".overview canvas", 2, 2))  # within the frame of the chosen one
+    assert small == page.run(pixels.format("figure:nth-child(3) canvas", 1, 1))
+    assert small[3] == 255 and small[4 * 29 + 3] == 0
+    assert page.run("document.querySelector('.map canvas').style.imageRendering") == "pixelated"
+
+
 def test_ordering_heads(page):
     """The head in which most is removed comes first, in the overview and in the list."""
     page = page("v2")
@@ -214,11 +261,11 @@ def test_colors(scheme, page):
 
 def test_scheme_that_changes(page):
     page = page("v2")
-    small_map = "[...panes[0].heads[3].picture.data]"
-    before, small_before = shading(page), page.run(small_map)
+    images = "[...document.querySelectorAll('.pane canvas')].map(canvas => canvas.toDataURL())"
+    before, images_before = shading(page), page.run(images)
     page.call("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value="dark")])
     page.wait(f"document.querySelector('#tokens span').style.backgroundColor !== '{before[0]}'")
-    assert any(small_before) and page.run(small_map) != small_before
+    assert len(images_before) == 4 and not set(images_before) & set(page.run(images))
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -252,6 +299,7 @@ def test_stopping(page, servers, monkeypatch):
     assert page.run("document.getElementById('read').disabled && document.getElementById('text').readOnly")
     page.focus("#length")
     page.press("Enter")  # is not heard now
+    page.run("draw(), choose(panes[0].about, 1)")  # nor is this
     page.click("#stop")
     page.wait(f"document.getElementById('stop').disabled && {READY}")
     assert 1 < page.run("document.querySelectorAll('#tokens span.written').length") < 60
@@ -268,6 +316,17 @@ def test_stop_is_for_the_text_of_this_window(page, servers):
         page.wait("document.getElementById('read').disabled")
         assert page.run("document.getElementById('stop').disabled")
     page.wait(READY)
+
+
+def test_nothing_to_stop(page, servers):
+    """The button is off before anything is written, also while the first text waits for its turn."""
+    page = page("v2")
+    with servers["v2",].viewer.turn:
+        page.open(page.run("location.href"))
+        page.wait("document.getElementById('status')?.textContent === 'Loading…'")
+        assert page.run("document.getElementById('stop').disabled")
+    page.wait(READY)
+    assert page.run("document.getElementById('stop').disabled")
 
 
 def test_a_place_in_the_text_before(page):
@@ -336,6 +395,9 @@ def test_comparing(page):
     page.click("#pane-1 .overview canvas", *mouse_at(2, 0))
     for pane in (0, 1):
         wait_for_head(page, 2, 0, pane)
+    page.click("#pane-1 .overview canvas", *mouse_at(1, 3))
+    wait_for_head(page, 1, 3, pane=1)
+    wait_for_head(page, 1, 1, pane=0)  # it has no other
     assert "λ = " in text_of(page, "#pane-0 .lambda") and "λ" not in text_of(page, "#pane-1 .lambda")
     sizes = page.run("[...document.querySelectorAll('.map canvas')].map(canvas => canvas.clientWidth)")
     assert len(sizes) == 4 and max(sizes) - min(sizes) <= 1

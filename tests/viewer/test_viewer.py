@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -71,13 +72,17 @@ class Client:
         return json.loads(contents)
 
     def maps(self, reading, model, layer, heads):
-        """Map 1 and, if there are two, map 2 and lambda."""
-        status, contents = self.post("/maps", reading=reading["reading"], model=model, layer=layer)
-        T = len(reading["tokens"])
-        all_, size = torch.frombuffer(bytearray(contents), dtype=torch.float32), heads * T * T
-        assert status == 200 and len(all_) in (size, 2 * size + heads * T)
-        parts = all_.split([size, size, heads * T] if len(all_) > size else [size])
-        return [part.view(heads, T, -1) for part in parts]
+        """Map 1 of all heads and, if there are two, map 2 and lambda."""
+        T, found = len(reading["tokens"]), []
+        for head in range(heads):
+            place = dict(reading=reading["reading"], model=model, layer=layer, head=head)
+            status, contents = self.post("/maps", **place)
+            assert status == 200, contents
+            all_, size = torch.frombuffer(bytearray(contents), dtype=torch.float32), T * T
+            assert len(all_) in (size, 2 * size + T)
+            parts = all_.split([size, size, T] if len(all_) > size else [size])
+            found.append([part.view(T, -1) for part in parts])
+        return [torch.stack(kind) for kind in zip(*found)]
 
     def write(self, **body):
         status, contents = self.post("/write", **WRITE | body)
@@ -246,6 +251,45 @@ def test_pictures(two):
     assert (largest < 0).any()
 
 
+@pytest.mark.parametrize("attn", ATTENTION)
+def test_queries_and_keys_are_computed_once(attn, monkeypatch):
+    """A model that reads for the viewer computes no more of them than by itself, and is as before afterwards."""
+    model, computed, queries, qkv = strong_model(attn), [], [], ATTENTION[attn].qkv
+
+    def watched(self, *given):
+        assert not any(kept() is not None for kept in queries)  # those of one layer at a time are in memory
+        q, *more = qkv(self, *given)
+        computed.append(self)
+        queries.append(weakref.ref(q))
+        return q, *more
+
+    monkeypatch.setattr(ATTENTION[attn], "qkv", watched)
+    before = model(torch.tensor([[1, 2, 3]]))[0]
+    assert len(computed) == 2
+    viewer.read(model, [1, 2, 3])
+    assert computed[2:] == computed[:2] == [layer.attn for layer in model.layers]
+    torch.testing.assert_close(model(torch.tensor([[1, 2, 3]]))[0], before, rtol=0, atol=0)
+    assert len(computed) == 6 and not any("qkv" in vars(layer.attn) for layer in model.layers)
+
+
+def test_one_thread_computes(home, monkeypatch):
+    """PyTorch would start helpers for each thread."""
+    threads = set()
+
+    def watch(holder, name):
+        function = getattr(holder, name)
+        monkeypatch.setattr(holder, name, lambda *given: (threads.add(threading.get_ident()), function(*given))[1])
+
+    for holder, name in ((viewer, "load_model"), (viewer, "read"), (viewer, "layer_maps"), (viewer.Decoder, "step")):
+        watch(holder, name)
+    client = Client([home / "tuned.pt"])
+    assert len(threads) == 1
+    client.maps(client.write(text="a", temperature=100, length=5)[-1]["reading"], 0, 0, 2)
+    client.maps(client.read("b"), 0, 1, 2)
+    assert len(threads) == 1 and threading.get_ident() not in threads
+    client.close()
+
+
 def test_limits(one):
     assert len(one.read("x" * 95)["tokens"]) == 96
     status, contents = one.post("/read", text="x" * 96)
@@ -256,8 +300,8 @@ def test_old_readings_go(one):
     first = one.read("a")
     for _ in range(viewer.KEPT):
         last = one.read("b")
-    assert one.post("/maps", reading=first["reading"], model=0, layer=0)[0] == 400
-    assert one.post("/maps", reading=last["reading"], model=0, layer=0)[0] == 200
+    assert one.post("/maps", reading=first["reading"], model=0, layer=0, head=0)[0] == 400
+    assert one.post("/maps", reading=last["reading"], model=0, layer=0, head=0)[0] == 200
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -366,8 +410,8 @@ def test_error_while_reading(one, monkeypatch, capfd):
 def test_error_amid_the_maps(one, monkeypatch):
     """No part of them is sent."""
     reading = one.read("a")["reading"]
-    monkeypatch.setattr(viewer, "layer_maps", lambda *call: [torch.zeros(3), None])
-    status, contents = one.post("/maps", reading=reading, model=0, layer=0)
+    monkeypatch.setattr(viewer, "layer_maps", lambda *call: [torch.zeros(3), [None]])
+    status, contents = one.post("/maps", reading=reading, model=0, layer=0, head=0)
     assert status == 500 and "NoneType" in json.loads(contents)["error"]
 
 
@@ -411,12 +455,14 @@ REQUESTS = {  # method, path, body, headers
     "message_in_letters": ("POST", "/read", '{"messages": ["ab"]}', JSON),
     "pairs": ("POST", "/describe", '[["text", "a"]]', JSON),
     "no_messages": ("POST", "/read", '{"messages": {"a": 1}}', JSON),
-    "no_reading": ("POST", "/maps", '{"model": 0, "layer": 0}', JSON),
-    "unknown_reading": ("POST", "/maps", '{"reading": 999, "model": 0, "layer": 0}', JSON),
-    "unknown_layer": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": 2}', JSON),
-    "negative_layer": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": -1}', JSON),
-    "layer_true": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": true}', JSON),
-    "layer_fraction": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": 0.5}', JSON),
+    "no_reading": ("POST", "/maps", '{"model": 0, "layer": 0, "head": 0}', JSON),
+    "unknown_reading": ("POST", "/maps", '{"reading": 999, "model": 0, "layer": 0, "head": 0}', JSON),
+    "unknown_layer": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": 2, "head": 0}', JSON),
+    "negative_layer": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": -1, "head": 0}', JSON),
+    "layer_true": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": true, "head": 0}', JSON),
+    "layer_fraction": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": 0.5, "head": 0}', JSON),
+    "unknown_head": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": 0, "head": 2}', JSON),
+    "no_head": ("POST", "/maps", '{"reading": READING, "model": 0, "layer": 0}', JSON),
     "unknown_model": ("POST", "/overview", '{"reading": READING, "model": 1}', JSON),
     "reading_of_another_type": ("POST", "/overview", '{"reading": [1], "model": 0}', JSON),
     "no_sampling": ("POST", "/write", '{"text": "a", "model": 0}', JSON),
