@@ -88,11 +88,11 @@ def compiling_kernels(model, device):
 
 
 def run_kernels(model, device):
-    """Run the Triton kernels with which `model` trains once, on small tensors: they serve for tensors of any size.
+    """Run each Triton kernel of the model's training once, on small tensors. So compiled, it serves for any size.
 
     A model that is tuned on texts shorter than its context may need others.
     """
-    with contextlib.suppress(Exception), torch.cuda.device(device):  # training compiles, or fails, again
+    with contextlib.suppress(Exception), torch.cuda.device(device):  # what fails here will fail in training, or compile
         config, attn, options = model.config, model.layers[0].attn, dict(dtype=torch.bfloat16, device=device)
         kernels.cross_entropy_(torch.zeros(1, config.vocab_size, **options), torch.zeros(1, device=device).long())
         heads, D, width = attn.q_per_head * config.n_head, config.head_dim, attn.value_width
