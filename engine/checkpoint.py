@@ -144,10 +144,11 @@ def save_model(folder, state, config, encoding, **contents):
 
 
 def load_checkpoint(path):
-    """Load what save_checkpoint() wrote, on the CPU, and its path.
+    """Load what save_checkpoint() wrote, on the CPU, and its path. A run's folder stands for its best.pt.
 
     Raises UserError if it is missing, damaged or something else.
     """
+    path = Path(path, BEST) if os.path.isdir(path) else path
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load ignores the checksums

@@ -20,7 +20,7 @@ def wants_compile(mode, device):
 
 
 def compile_model(model, mode, device):
-    """Compile a model as --compile asks -> what to call in training: the model itself, but for the mode `whole`.
+    """Compile a model as --compile asks -> what training calls: in the mode `whole` a compiled model, else `model`.
 
     A model that several processes share is compiled layer by layer in that mode, too.
     """
@@ -40,7 +40,8 @@ def compile_for_tuning(model):
     """Compile the layers of a model, in place, for batches of any shape.
 
     Each operation rounds to bf16 as it does uncompiled: DPO's policy and reference are different programs, whose
-    results must not differ where their weights do not. The last norm stays uncompiled, since its sums would differ.
+    results must not differ where their weights do not. The last norm stays uncompiled: compiled, it adds in another
+    order.
     """
 
     def require_gradient(layer, inputs):
@@ -56,7 +57,7 @@ def compile_for_tuning(model):
 def compile_modules(modules, **options):
     """Compile the forward() of each module, in place, with torch.compile's options. This is regional compilation.
 
-    Layers of one kind share a program, so that they take half the time that a whole model takes. Copy a model before:
+    Layers of one kind share a program, so that they compile in half the time of a whole model. Copy a model before:
     the copy of a compiled one would run the original's layers.
     """
     configure_compiler()

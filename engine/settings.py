@@ -3,12 +3,22 @@
 import argparse
 import math
 import os
+import signal
 import sys
 import time
-import traceback
 from dataclasses import field, fields
+from pathlib import Path
 
 from engine.terminal import printable, replace_unprintable
+
+main_file = Path(getattr(sys.modules["__main__"], "__file__", None) or sys.argv[0]).resolve()
+is_ours = main_file.is_relative_to(Path(__file__).resolve().parents[1]) and "site-packages" not in main_file.parts
+# With python -m, the file is not known yet while its package is imported, and the first argument is "-m".
+is_script = is_ours and main_file.suffix == ".py" or sys.argv[0] == "-m"
+if is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until run_script(), Ctrl-C ends a script of this project at once. Imports take seconds, in which an exception may
+    # be lost, or turned into another.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class UserError(Exception):
@@ -121,6 +131,8 @@ def run_script(main):
     """
     replace_unprintable()
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
         print(end="", flush=True)
     except KeyboardInterrupt:
@@ -134,14 +146,3 @@ def run_script(main):
         if not (message := explain(error)):
             raise
         fail(message)
-
-
-def hide_interrupted_import(kind, error, trace):
-    """Print no traceback where Ctrl-C interrupts an import. Imports take seconds, and precede run_script()."""
-    codes = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
-    modules = [code for code in codes if code.co_name == "<module>" or "importlib" in code.co_filename]
-    if kind is not KeyboardInterrupt or len(modules) < 2:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = hide_interrupted_import

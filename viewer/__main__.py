@@ -23,7 +23,7 @@ import torch
 from data.chat import render_prompt
 from data.tokenizer import END_OF_TEXT
 from engine import parallel
-from engine.checkpoint import BEST, find_furthest
+from engine.checkpoint import find_furthest
 from engine.device import choose_device
 from engine.generate import Decoder
 from engine.terminal import printable
@@ -40,16 +40,17 @@ class Viewer:
 
     def __init__(self, paths):
         self.models, self.about, encodings = [], [], []
-        # One thread computes. PyTorch has helpers, one a core, for each thread that calls it; where there are more than
-        # cores, they sleep after each operation, and a text takes a fifth longer.
+        # One thread computes. PyTorch has helpers, one a core, for each thread that calls it; where those are
+        # more than the cores, they sleep after each operation, and a text takes a fifth longer.
         self.worker = ThreadPoolExecutor(1)
         for path in paths:
             print(f"loading {path}", file=sys.stderr)
             model, encoding, checkpoint = self.worker.submit(load_model, path, choose_device("auto")).result()
             config, attn = model.config, model.layers[0].attn
-            shape = dict(layers=config.n_layer, heads=config.n_head // attn.value_width, maps=1 + hasattr(attn, "lam"))
+            maps = 1 + hasattr(attn, "lam")
+            shape = dict(layers=config.n_layer, heads=attn.q_per_head * config.n_head // maps, maps=maps)
             stage, step = checkpoint["stage"], checkpoint["step"]
-            self.about.append(dict(name=str(path), attn=config.attn, stage=stage, step=step, **shape))
+            self.about.append(dict(name=str(checkpoint["path"]), attn=config.attn, stage=stage, step=step, **shape))
             self.models.append(model)
             encodings.append(encoding)
         if len({encoding.name for encoding in encodings}) > 1:
@@ -240,13 +241,13 @@ def main():
     parser.add_argument("checkpoint", nargs="*", help="one, or several to compare (default: the furthest in out/)")
     parser.add_argument("--port", type=int, default=8000, help="0: one that is free (default: %(default)s)")
     arguments = parser.parse_args()
-    paths = [Path(path, BEST) if os.path.isdir(path) else path for path in arguments.checkpoint]
     try:
         server = Server(("127.0.0.1", arguments.port), Handler)
     except (OSError, OverflowError) as error:  # it is taken, or no port
-        raise UserError(f"port {arguments.port}: {error}; --port names another") from error
+        reason = str(error).removesuffix(".")
+        raise UserError(f"port {arguments.port}: {reason}; --port names another") from error
     try:
-        server.viewer = Viewer(paths or [find_furthest()])
+        server.viewer = Viewer(arguments.checkpoint or [find_furthest()])
         print(f"http://127.0.0.1:{server.server_port}/", flush=True)
         server.serve_forever()
     except KeyboardInterrupt:

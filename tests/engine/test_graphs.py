@@ -158,7 +158,7 @@ def stub_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("block_size", [24, 32])
-@pytest.mark.parametrize("attn", ATTENTION)
+@pytest.mark.parametrize("attn", ["vanilla", "v1", "v2"])  # another's lam() need not be the kernel's
 def test_kernels_run_early_on_tensors_like_those_of_training(attn, block_size, stub_kernels, monkeypatch):
     model, seen = tiny_model(attn, "grouped", block_size=block_size), []
     run_kernels(model, torch.device("cpu"))

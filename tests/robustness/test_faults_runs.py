@@ -407,6 +407,20 @@ def test_ctrl_c_during_the_imports(script):
         assert child.wait() in (-signal.SIGINT, 130) and "Traceback" not in error, error[-2000:]
 
 
+def test_ctrl_c_is_not_lost_in_an_import(tmp_path):
+    """As in those of PyTorch, which goes on where one of its own fails."""
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('importing', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": ""}
+    child = subprocess.Popen(
+        [sys.executable, "sample.py"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "importing\n"
+    child.send_signal(signal.SIGINT)
+    assert child.wait(30) == -signal.SIGINT
+
+
 @pytest.mark.parametrize("broken", ["stdout", "stdout that is flushed", "stderr"])
 def test_a_reader_that_has_read_enough(broken, tmp_path):
     """`| head` ends a program quietly, whether it prints at once or at its end."""

@@ -244,7 +244,7 @@ CHECKPOINTS = [
     ("no stage before", lambda: shutil.rmtree("out"), "dpo", "there is no out/sft/best.pt yet: train the stage before"),
     ("no such checkpoint", None, "train --init_from nosuch.pt", "there is no checkpoint nosuch.pt"),
     ("checkpoint with no name", None, "sft --init_from ''", "there is no checkpoint"),
-    ("checkpoint that is a folder", None, "sample --init_from out", "cannot read out: Is a directory"),
+    ("checkpoint that is a folder", None, "sample --init_from out", "there is no checkpoint out/best.pt"),
     ("empty checkpoint", write("bad.pt", ""), "train --init_from bad.pt", "bad.pt is damaged, or not a checkpoint"),
     ("text as a checkpoint", write("bad.pt", "text"), "sft --init_from bad.pt", "bad.pt is damaged, or not a check"),
     ("half a checkpoint", cut("out/sft/best.pt", lambda b: b[: len(b) // 2]), "dpo", "out/sft/best.pt is damaged"),
