@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -185,7 +186,8 @@ def test_kernels_run_while_the_compiler_is_imported(error, monkeypatch):
     """The thread has ended when the context does, also by Ctrl-C."""
     steps, imported = [], threading.Event()
     monkeypatch.setattr(engine.graphs, "kernels", object())
-    monkeypatch.setattr(engine.graphs, "run_kernels", lambda *args: (imported.wait(10), steps.append("kernels")))
+    slow = lambda *args: (imported.wait(10), time.sleep(0.3), steps.append("kernels"))  # noqa: E731
+    monkeypatch.setattr(engine.graphs, "run_kernels", slow)
     with contextlib.suppress(KeyboardInterrupt), compiling_kernels(None, torch.device("cuda")):
         steps.append("import")
         imported.set()
