@@ -55,16 +55,6 @@ class LoRALinear(nn.Module):
             outputs[i] = outputs[i] + layers[i].scaling * F.linear(part, layers[i].lora_B.to(part.dtype))
         return outputs
 
-    @torch.no_grad()
-    def merged(self):
-        """Return a plain linear layer with W + (alpha / rank) * B A, added in float32 and cast once."""
-        # float64, since autocast and TF32 leave it alone, and on the CPU, since a Mac's GPU has none.
-        A, B = self.lora_A.cpu().double(), self.lora_B.cpu().double()
-        weight = self.base.weight
-        weight = (weight.float() + (self.scaling * B @ A).float().to(weight.device)).to(weight.dtype)
-        self.base.weight = nn.Parameter(weight)  # a new one, so that a tied embedding stays as it is
-        return self.base
-
 
 def apply_lora(model, rank, alpha, dropout=0.0, targets=TARGETS):
     """Freeze `model` and put an adapter beside each linear layer named in `targets`. Returns the model.
@@ -83,15 +73,21 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets=TARGETS):
     return model
 
 
+@torch.no_grad()
 def merge_lora(model):
-    """Replace every adapted layer by a plain one with the adapter added to its weight.
+    """Replace every adapted layer by a plain one with the weight W + (alpha / rank) * B A, added in float32.
 
-    The whole model becomes trainable again. Returns the model.
+    The sum is cast once, to the dtype of W. The whole model becomes trainable again. Returns the model.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
-                setattr(parent, name, child.merged())
+                linear, weight = child.base, child.base.weight
+                # In float64, which autocast and TF32 leave alone, and on the CPU, since a Mac's GPU has none.
+                delta = child.scaling * child.lora_B.cpu().double() @ child.lora_A.cpu().double()
+                merged = (weight.float() + delta.float().to(weight.device)).to(weight.dtype)
+                linear.weight = nn.Parameter(merged)  # a new one, so that a tied embedding stays as it is
+                setattr(parent, name, linear)
     return model.requires_grad_(True)
 
 

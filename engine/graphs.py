@@ -93,7 +93,7 @@ def run_kernels(model, device):
 
     A model that is tuned on texts shorter than its context may need others.
     """
-    with contextlib.suppress(Exception), torch.cuda.device(device):  # what fails here will fail in training, or compile
+    with contextlib.suppress(Exception), torch.cuda.device(device):  # training tries again, and says what is wrong
         config, attn, options = model.config, model.layers[0].attn, dict(dtype=torch.bfloat16, device=device)
         kernels.cross_entropy_(torch.zeros(1, config.vocab_size, **options), torch.zeros(1, device=device).long())
         heads, D, width = attn.q_per_head * config.n_head, config.head_dim, attn.value_width

@@ -421,6 +421,30 @@ def test_ctrl_c_is_not_lost_in_an_import(tmp_path):
     assert child.wait(30) == -signal.SIGINT
 
 
+@pytest.mark.parametrize(
+    "command, at_once",
+    [("script.py", True), ("-m package.script", True), (".venv/lib/site-packages/other.py", False),
+     (".venv/bin/other", False), ("../elsewhere.py", False)],
+)  # fmt: skip
+def test_ctrl_c_is_left_to_other_programs(command, at_once, tmp_path):
+    """pytest, say, or a notebook, which may lie in a virtual environment inside the project."""
+    home = tmp_path / "project"
+    shutil.copytree(ROOT / "engine", home / "engine", ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"import sys; sys.path.insert(0, {str(home)!r})\nimport engine.settings, signal\n"
+    names = [
+        ".venv/lib/site-packages/other.py",
+        ".venv/bin/other",
+        "../elsewhere.py",
+        "script.py",
+        "package/__init__.py",
+    ]
+    for name in (*names, "package/script.py"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(f"{code}print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL)\n")
+    done = subprocess.run([sys.executable, *command.split()], cwd=home, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {str(at_once)}
+
+
 @pytest.mark.parametrize("broken", ["stdout", "stdout that is flushed", "stderr"])
 def test_a_reader_that_has_read_enough(broken, tmp_path):
     """`| head` ends a program quietly, whether it prints at once or at its end."""
