@@ -20,9 +20,9 @@ import torch
 from bench.probes import layer_maps, sentence_maps
 from data.chat import render_prompt
 from data.tokenizer import END_OF_TEXT, get_tokenizer
-from engine.attention import attention_maps
+from engine.attention import attention_maps, causal_attention
 from engine.settings import UserError
-from model import ATTENTION, GPT
+from model import ATTENTION, GPT, Attention
 from tests.robustness.helpers import exit_code, fork, wait_until
 from tests.small import base_model, save_model, write_tokenizer
 from viewer import __main__ as viewer
@@ -127,6 +127,30 @@ def two(home):
 
 
 # ------------------------------------------------------------------------------------- reading
+
+
+class Twice(Attention):
+    """A fork's attention, with twice the heads and one map each."""
+
+    q_per_head = 2
+
+    def forward(self, x, rope, cache=None, shared=None):
+        q, k, v = self.qkv(x, rope, shared)
+        y = causal_attention(q, k, v, cache, self.impl).unflatten(2, (-1, 2)).mean(3)
+        return self.o_proj(y.flatten(2)), (k, v)
+
+
+def test_an_attention_of_a_fork(tmp_path, monkeypatch):
+    """As many heads are described as have maps."""
+    monkeypatch.setitem(ATTENTION, "twice", Twice)
+    save_model(tmp_path / "twice.pt", strong_model("twice"))
+    client = Client([tmp_path / "twice.pt"])
+    (about,) = json.loads(client.post("/describe")[1])["models"]
+    reading = client.read("fox")
+    summaries = client.post("/overview", reading=reading["reading"], model=0)[1]
+    assert (about["maps"], about["heads"]) == (1, 4)
+    assert len(summaries) == 4 * about["layers"] * about["heads"] * (3 + 32 * 32)
+    client.close()
 
 
 def test_models(one, two, home):
