@@ -29,6 +29,7 @@ from bench.runs import KINDS
 STEPS = (250, 500, 1000, 1500)  # after which the tables compare losses
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for 1, 2, ... degrees of freedom
 NAMES = {"vanilla": "plain", "v1": "V1", "v1-wide": "V1, 3 pairs of 128", "v2": "V2"}
+NAMES["v2-equal"] = "V2, plain's learning rate"
 ACTIVATIONS = {"residual": "residual stream", "attention": "attention's output", "heads": "what o_proj reads"}
 
 # ---------------------------------------------------------------------------------------------------
@@ -89,11 +90,13 @@ def large(logs, runs, folder):
     losses, differences, norms = [], [], []
     for kind, name in NAMES.items():
         seeds, compared = read_seeds(logs, runs, f"large/{kind}-"), pairs(logs, runs, "large", kind, "vanilla")
+        if not seeds:
+            continue
         ends = [log["val_loss"][-1] for log in seeds]
         losses.append({"attn": name, "seeds": len(seeds), "held-out loss, nats": mean_std(ends)})
         losses[-1]["perplexity"] = mean_std(np.exp(ends), 2)
         norms.append(norm_row(name, seeds))
-        for axis, what in zip(axes, ("steps", "time") if kind != "vanilla" else ()):
+        for axis, what in zip(axes, ("steps", "time") if compared and kind != "vanilla" else ()):
             mean, half = t_interval(compare(compared, steps)[what])
             label = f"{name}, n = {len(compared)}"
             axis.plot(steps, mean, "o-", color=COLORS[kind], label=label, markersize=2, linewidth=1)
@@ -118,7 +121,7 @@ def shared_keys(logs, runs, folder):
     """V2 whose upper six layers share keys and values (n_kv_layers), against V2."""
     compared = pairs(logs, runs, "large", "v2-half", "v2")
     rows = []
-    for what, differences in compare(compared, STEPS).items():
+    for what, differences in compare(compared, STEPS).items() if compared else ():
         at_steps = {f"step {step}": with_interval(values, 3, "+") for step, values in zip(STEPS, differences.T)}
         rows.append({"seeds": len(compared), "at equal": what} | at_steps)
     print_table("V2 with shared keys and values: held-out loss minus V2's, nats, with a 95 % interval", rows)
@@ -145,6 +148,8 @@ def design(logs, runs, folder):
     rows = []
     for kind in dict.fromkeys(plan.settings.attn for name, plan in runs.items() if name.startswith("design/")):
         compared = pairs(logs, runs, "design", kind, "v2")
+        if not compared:
+            continue
         ends = [log["val_loss"][-1] for log, _ in compared]
         differences = [log["val_loss"][-1] - v2["val_loss"][-1] for log, v2 in compared]
         row = {"design": kind, "seeds": len(compared), "held-out loss, nats": mean_std(ends)}
@@ -159,10 +164,10 @@ def design(logs, runs, folder):
 
 def outliers(logs, runs, folder):
     figure, axes = plt.subplots(2, len(ACTIVATIONS), figsize=(11, 5.5), sharex=True)
-    rows = []
-    for (column, (what, title)), (attn, probes) in itertools.product(
-        enumerate(ACTIVATIONS.items()), read_probes(logs, runs, "large").items()
-    ):
+    found, rows = read_probes(logs, runs, "large"), []
+    kinds = [kind for kind in NAMES if kind in found]
+    for (column, (what, title)), attn in itertools.product(enumerate(ACTIVATIONS.items()), kinds):
+        probes = found[attn]
         row = {"activations": title, "attn": NAMES[attn], "seeds": len(probes)}
         for axis, measure in zip(axes[:, column], ("largest", "kurtosis")):
             by_layer = np.array([probe["outliers"][what][measure] for probe in probes])  # (seeds, layers)
@@ -180,7 +185,7 @@ def outliers(logs, runs, folder):
         axis.axhline(3, color="lightgray", zorder=0, label="normal distribution")
     axes[0, 0].set(ylabel="largest absolute value")
     axes[1, 0].set(ylabel="kurtosis")
-    axes[1, 0].legend(fontsize=8, title="band: lowest to highest seed", title_fontsize=8)
+    axes[1, 2].legend(fontsize=8, title="band: lowest to highest seed", title_fontsize=8)
     save(figure, folder / "outliers.png")
     print_table("Outliers by layer, with a 95 % interval over seeds", rows)
 
@@ -244,6 +249,32 @@ def retrieval(logs, runs, folder):
     print_cost(logs, runs, "retrieval")
 
 
+def maps(logs, runs, folder):
+    """Draw the maps of the head that looks at the answer most, of the shorter texts' first seed of each attention."""
+    found = read_retrieval(logs, runs)
+    shortest = min(length for _, length in found)
+    heads = {attn: seeds[0]["recall"] for (attn, length), seeds in found.items() if length == shortest}
+    figure, axes = plt.subplots(len(heads), 3, figsize=(13, 3.8 * len(heads)), squeeze=False)
+    for row, (attn, head) in zip(axes, heads.items()):
+        place, tokens = f"{NAMES[attn]}, layer {head['layer']}, head {head['head']}", head["tokens"]
+        titles = {"first": "first map" if "second" in head else "its only map", "second": "second map"}
+        titles["difference"] = f"first - {head.get('factor', 0):.2f} second (of the last token)"
+        for axis, (kind, title) in zip(row, titles.items()):
+            axis.set_axis_off()
+            if kind in head:
+                axis.set_axis_on()
+                image = axis.imshow(np.array(head[kind]), cmap="RdBu_r", vmin=-1, vmax=1)
+                figure.colorbar(image, ax=axis, label="attention weight", fraction=0.046, pad=0.02)
+                axis.set(xticks=range(len(tokens)), yticks=range(len(tokens)), xlabel="key", ylabel="query")
+                axis.set_xticklabels(tokens, rotation=90, fontsize=6)
+                axis.set_yticklabels(tokens, fontsize=6)
+                axis.set_title(f"{place}: {title}", fontsize=8)
+                for edge in head["span"]:
+                    axis.axvline(edge - 0.5, color="tab:green", linewidth=0.8)
+    figure.supxlabel("between the green lines: the answer to the question at the end", fontsize=9)
+    save(figure, folder / "maps.png")
+
+
 def accuracy_rows(found):
     rows = []
     for (attn, length), seeds in found.items():
@@ -283,5 +314,5 @@ FIGURES = {  # by group of runs
     "large": (large, shared_keys, outliers),
     "stable": (functools.partial(rates, "stable", "Stability at 2e-3, 500 steps of 65,536 tokens"),),
     "design": (design,),
-    "retrieval": (retrieval,),
+    "retrieval": (retrieval, maps),
 }

@@ -1,11 +1,11 @@
-"""The pictures and tables of docs/results.md. Trains the runs whose logs are missing, then draws.
+"""The pictures and tables of docs/results.md, from the logs and measurements that bench.runs has kept. No GPU needed.
 
-python -m bench.figures                      # from the logs and measurements in docs/runs, which need no GPU
-python -m bench.figures --only curves rates  # what the runs of these two groups show
-python -m bench.figures --only large design  # groups of bench.evidence, which are drawn on request alone
-python -m bench.figures --logs out/mylogs    # the runs of the other groups anew
+python -m bench.figures                      # of all groups of runs
+python -m bench.figures --only curves rates  # of two
+python -m bench.figures --logs out/mylogs    # of runs of your own
 
-The tables are printed as Markdown, and the pictures written to docs/.
+The tables are printed as Markdown, and the pictures written to docs/. A group of bench.evidence is drawn from the runs
+that are done, another when all are.
 """
 
 import itertools
@@ -34,7 +34,7 @@ from bench.logs import (
     spikes,
     stability_row,
 )
-from bench.runs import KINDS, LEARNING_RATES, add_flags, parse_runs, train_missing
+from bench.runs import KINDS, LEARNING_RATES, add_flags, log_path, parse_runs, train_missing
 from engine.settings import Parser, run_script
 
 NAMES = {
@@ -396,14 +396,22 @@ def main():
     parser = Parser(__doc__, prog="python -m bench.figures")
     add_flags(parser)
     parser.add_argument("--pictures", default="docs", help="folder for the pictures (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=list(FIGURES), help="groups of runs (default: those with logs)")
+    parser.add_argument("--only", nargs="+", choices=list(FIGURES), help="groups of runs (default: all)")
     arguments, runs = parse_runs(parser)
-    # Without their logs, the groups of bench.evidence would be trained here, which takes hours.
-    groups = arguments.only or [group for group in FIGURES if arguments.smoke or group not in evidence.FIGURES]
+    if arguments.smoke:
+        train_missing(runs, arguments)
     folder = Path(arguments.out if arguments.smoke else arguments.pictures)
-    train_missing({name: plan for name, plan in runs.items() if name.split("/")[0] in groups}, arguments)
-    for draw in itertools.chain.from_iterable(FIGURES[group] for group in groups):
-        draw(arguments.logs, runs, folder)
+    for group in arguments.only or FIGURES:
+        planned = {name: plan for name, plan in runs.items() if name.startswith(f"{group}/")}
+        done = {name: plan for name, plan in planned.items() if log_path(arguments.logs, name).exists()}
+        missing = len(planned) - len(done)
+        if missing:
+            print(
+                f"\n{group}: {missing} of {len(planned)} runs have no log; python -m bench.runs '{group}/*' trains them"
+            )
+        if not missing or (done and group in evidence.FIGURES):
+            for draw in FIGURES[group]:
+                draw(arguments.logs, done, folder)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from bench.runs import KINDS, log_path
+from bench.runs import log_path
 from engine.settings import UserError, fail
 
 try:
@@ -16,7 +16,7 @@ plt.switch_backend("Agg")
 
 COLORS = {
     "vanilla": "tab:gray", "v1": "tab:orange", "v2": "tab:blue", "vanilla-bare": "black", "v1-bare": "tab:red",
-    "v1-wide": "tab:brown",
+    "v1-wide": "tab:brown", "v2-equal": "tab:cyan",
 }  # fmt: skip
 SPIKE, MEMORY = 10, 100  # a spike is a gradient norm above SPIKE times the median of the MEMORY steps before
 
@@ -50,10 +50,13 @@ def read_json(logs, name):
 
 
 def read_probes(logs, runs, group):
-    """Read what bench.probes measured in a group of runs -> {attn: [one for each seed]}."""
-    names = [name for name, plan in runs.items() if name.startswith(f"{group}/") and plan.probe_texts]
-    found = [read_json(logs, name) for name in names]
-    return {attn: [probe for probe in found if probe["attn"] == attn] for attn in KINDS}
+    """Read what bench.probes measured in a group of runs -> {kind of run: [one for each seed]}."""
+    found = {}
+    for name, plan in runs.items():
+        if name.startswith(f"{group}/") and plan.probe_texts:
+            kind = name.removeprefix(f"{group}/").rsplit("-", 1)[0]
+            found.setdefault(kind, []).append(read_json(logs, name))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -128,7 +131,9 @@ def mean_std(values, digits=3):
 
 
 def print_table(title, rows):
-    """Print a list of {column: text} as Markdown."""
+    """Print a list of {column: text} as Markdown. Without rows, print nothing."""
+    if not rows:
+        return
     print(f"\n{title}\n\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
     for row in rows:
         print("| " + " | ".join(map(str, row.values())) + " |")

@@ -352,10 +352,15 @@ def sentence_maps(model, encoding, text, heads=3):
 
 
 def head_maps(maps, head):
-    """One head of a layer's maps (1, H, T, T) as nested lists, and the factor of its last token."""
-    first, second, difference = (
-        [[round(weight, 4) for weight in row] for row in maps[kind][0, head].tolist()]
-        for kind in ("first", "second", "weights")
-    )
-    factor = 1 - maps["weights"][0, head, -1].sum().item()  # since both maps sum to 1
-    return dict(factor=factor, first=first, second=second, difference=difference)
+    """One head of a layer's maps (1, H, T, T) as nested lists, and the factor of the last token.
+
+    Keys are factor, first, second and difference; plain attention has first alone.
+    """
+    if "first" not in maps:
+        maps, found = {"first": maps["weights"]}, {}
+    else:
+        found = {"factor": 1 - maps["weights"][0, head, -1].sum().item()}  # since both maps sum to 1
+    for kind, name in (("first", "first"), ("second", "second"), ("weights", "difference")):
+        if kind in maps:
+            found[name] = [[round(weight, 4) for weight in row] for row in maps[kind][0, head].tolist()]
+    return found

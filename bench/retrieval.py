@@ -11,8 +11,11 @@ import torch.nn.functional as F
 import train
 from bench.probes import (
     CITIES,
+    QUESTION,
     draw_numbers,
+    head_maps,
     hide_needles,
+    layer_maps,
     needle_shares,
     needle_size,
     needle_texts,
@@ -98,7 +101,7 @@ class Retrieval(train.Pretraining):
         """Test the trained model on held-out cities, with so many texts for each of COUNTS -> a dict for JSON.
 
         accuracy has {needles in a text: {"right": by depth, "texts": by depth}}; needle is where the last position
-        looks, as in probe().
+        looks, as in probe(), and recall has the maps of the head that looks at the answer most.
         """
         count, digits = self.size
         accuracy, length = {}, self.settings.block_size
@@ -112,5 +115,24 @@ class Retrieval(train.Pretraining):
         ids, spans = self.held_out_texts(self.size, min(texts, SHARE_TEXTS))
         with autocast(self.device):
             shares = [needle_shares(self.model, *text) for text in zip(ids.to(self.device), spans)]
+            needle = summarize_shares(shares)
+            recall = self.recall_maps(**needle["weights"]["best_head"])
         attn = self.model.config.attn
-        return dict(attn=attn, length=length, needles=count, accuracy=accuracy, needle=summarize_shares(shares))
+        return dict(attn=attn, length=length, needles=count, accuracy=accuracy, needle=needle, recall=recall)
+
+    def recall_maps(self, layer, head, answer):
+        """Read the maps of a head in a short text, three facts and the question for the second -> a dict for JSON.
+
+        `answer` is the share that the answer got from the head in longer texts, on average. The span is the first and
+        the end position of the answer in the short one.
+        """
+        encode = self.encoding.encode_ordinary
+        questions = [encode(QUESTION.format(city)) for city in HELD_OUT[:3]]
+        numbers = draw_numbers(np.random.default_rng(1), encode, 3, self.size[1])
+        needles = [question + number + encode(".") for question, number in zip(questions, numbers)]
+        start = len(needles[0]) + len(questions[1])
+        ids = [*needles[0], *needles[1], *needles[2], *questions[1]]
+        maps = list(layer_maps(self.model, torch.tensor([ids], device=self.device), slice(None)))[layer][0]
+        tokens = [self.encoding.decode([token]) for token in ids]
+        span = [start, start + len(numbers[1])]
+        return dict(layer=layer, head=head, answer=answer, tokens=tokens, span=span) | head_maps(maps, head)

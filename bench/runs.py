@@ -177,6 +177,9 @@ def planned_runs(corpus, out):
     for seed in (4, 5):  # V1's authors keep the width of a head, and halve the number
         settings = replace(runs[f"large/v1-{seed}"].settings, n_head=6, head_dim=128)
         runs[f"large/v1-wide-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
+        # At plain's learning rate, which is V1's, too
+        settings = replace(runs[f"large/v2-{seed}"].settings, learning_rate=BEST_RATE["vanilla"])
+        runs[f"large/v2-equal-{seed}"] = replace(runs[f"large/v2-{seed}"], settings=settings)
         settings = replace(runs[f"large/v2-{seed}"].settings, n_kv_layers=6, n_inner=1920)  # at equal parameters
         runs[f"large/v2-half-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
     for seed, attn in itertools.product((1, 2, 3), KINDS):

@@ -47,14 +47,17 @@ def write_log(folder, name, losses, speed, accuracies=None):
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """Logs of all runs on data/large. At all steps V2 - plain is -0.01 * seed, V1 - plain 0.02, v2-half - V2 0.04."""
+    """Logs of all runs on data/large.
+
+    At all steps V2 - plain is -0.01 * seed, V1 - plain 0.02, v2-half - V2 0.04 and v2-equal - V2 0.06.
+    """
     folder = tmp_path_factory.mktemp("logs")
     planned = {n: p for n, p in runs.planned_runs("docs", "out").items() if n.split("/")[0] in evidence.FIGURES}
     rng, falling = np.random.default_rng(1), 5 - 2 * np.arange(31) / 30
     for name, plan in planned.items():
         attn, seed = plan.settings.attn, plan.settings.seed
         change = {"v1": 0.02, "v2": -0.01 * seed, "norm": -0.01 * seed + 0.03}.get(attn, 0)
-        change += 0.04 if "v2-half" in name else 0
+        change += dict(half=0.04, equal=0.06).get(name.split("-")[1], 0)
         write_log(folder, name, falling + seed + change, 500 if attn == "v2" else 1000, np.arange(31) / 30)
         kinds = ["weights"] if attn == "vanilla" else ["weights", "first", "second"]
         share = dict(answer=[0.1, 0.3], others=[0.1] * 2, first_token=[0.1] * 2, rest=[0.7, 0.5])
@@ -63,6 +66,9 @@ def kept(tmp_path_factory):
             right = {n: [100 - 10 * seed] * 5 for n in ("1", "2", "4", "6", "8")}
             accuracy = {n: dict(right=values, texts=[100] * 5) for n, values in right.items()}
             measured |= dict(length=plan.settings.block_size, needles=6, accuracy=accuracy)
+            half = [[0.5, 0.0], [0.5, 0.5]]
+            maps = {"first": half} if attn == "vanilla" else dict(first=half, second=half, difference=half, factor=0.25)
+            measured |= dict(recall=dict(layer=seed, head=4, tokens=["a", "b"], span=[0, 1], **maps))
         else:
             layers = [dict(largest=rng.uniform(1, 9, LAYERS).tolist(), kurtosis=[3, 4 + seed, 9]) for _ in range(3)]
             measured |= dict(outliers=dict(zip(evidence.ACTIVATIONS, layers)))
@@ -94,11 +100,12 @@ def test_the_gap_has_the_interval_of_paired_differences(kept, tmp_path, capsys):
     # At half the speed, V2 has taken half of plain's steps, and its loss has yet to fall by 2 * steps / 1500 / 2.
     assert time[3:] == [expected.replace("-0.030", f"{step / 1500 - 0.03:+.3f}") for step in evidence.STEPS]
     assert [row[3] for row in rows if row[0] == "V1, 3 pairs of 128"] == ["+0.020 ± 0.000"] * 2
+    assert [row[1:4] for row in rows if row[0] == "V2, plain's learning rate"][0] == ["2", "steps", "+0.015 ± 0.064"]
     ends = {row[0]: row[1:3] for row in table(text, "Held-out loss at the end")}
     assert ends["plain"] == ["5", "6.000 ± 1.581"] and ends["V1, 3 pairs of 128"] == ["2", "7.520 ± 0.707"]
-    tokens = 19 * 30 * 65536
-    minutes = (12 * 30 * 65536 / 1000 + 7 * 30 * 65536 / 500) / 60
-    assert table(text, "Cost") == [["large", "19", f"{tokens / 1e6:.0f}", f"{minutes:.1f}"]]
+    tokens = 21 * 30 * 65536
+    minutes = (12 * 30 * 65536 / 1000 + 9 * 30 * 65536 / 500) / 60
+    assert table(text, "Cost") == [["large", "21", f"{tokens / 1e6:.0f}", f"{minutes:.1f}"]]
 
 
 def test_shared_keys_are_compared_with_v2(kept, tmp_path, capsys):
@@ -135,8 +142,11 @@ def test_retrieval(kept, tmp_path, capsys):
 def test_outliers(kept, tmp_path, capsys):
     evidence.outliers(*kept, tmp_path)
     rows = table(capsys.readouterr().out, "Outliers")
-    assert len(rows) == 9 and [row[1] for row in rows[:3]] == ["plain", "V1", "V2"]
-    assert all(row[6:] == ["7.0 ± 2.0", "9.0 ± 0.0", "2, 2, 2, 2, 1"] for row in rows)  # the medians are 5 to 9
+    names = ["plain", "V1", "V2", "V2, plain's learning rate"]
+    assert len(rows) == 12 and [tuple(row[1:3]) for row in rows[:4]] == [*zip(names, "5552")]
+    assert all(
+        row[6:] == ["7.0 ± 2.0", "9.0 ± 0.0", "2, 2, 2, 2, 1"] for row in rows if row[2] == "5"
+    )  # medians: 5 to 9
 
 
 def test_rates(kept, tmp_path, capsys):
@@ -146,23 +156,60 @@ def test_rates(kept, tmp_path, capsys):
         assert len(table(capsys.readouterr().out, "")) == runs_in_it
 
 
+def test_maps_of_the_head_that_finds_the_answer(kept, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
+    evidence.maps(*kept, tmp_path)
+    titles = [axis.get_title() for axis in figures[0].axes if axis.get_images()]
+    plain, *v1 = titles[:4]
+    assert len(titles) == 7 and plain == "plain, layer 1, head 4: its only map"  # seed 1
+    kinds = ("first map", "second map", "first - 0.25 second (of the last token)")
+    assert v1 == [f"V1, layer 1, head 4: {kind}" for kind in kinds]
+
+
 def test_pictures_are_light(kept, tmp_path):
-    for draw in (evidence.large, evidence.outliers, evidence.retrieval):
+    for draw in (evidence.large, evidence.outliers, evidence.retrieval, evidence.maps):
         draw(*kept, tmp_path)
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert sizes.keys() == {"large.png", "outliers.png", "retrieval.png"}
+    assert sizes.keys() == {"large.png", "outliers.png", "retrieval.png", "maps.png"}
     assert all(5_000 < size < 150_000 for size in sizes.values())
 
 
-def test_groups_without_logs_are_drawn_on_request(monkeypatch, tmp_path):
-    """Else bench.figures would train them."""
-    drawn = []
-    fakes = {group: (lambda *_, group=group: drawn.append(group),) for group in figures.FIGURES}
+def test_runs_without_logs_are_not_trained_but_said_to_be_missing(kept, monkeypatch, tmp_path, capsys):
+    """A group of bench.evidence is drawn from the runs that there are, another one when it is complete."""
+    drawn, trained = {}, []
+    fakes = {
+        group: (lambda logs, runs, folder, group=group: drawn.update({group: [*runs]}),) for group in figures.FIGURES
+    }
     monkeypatch.setattr(figures, "FIGURES", fakes)
-    monkeypatch.setattr(figures, "train_missing", lambda runs, arguments: drawn.append({n.split("/")[0] for n in runs}))
-    for flags in ([], ["--only", "design"], ["--smoke", "--out", str(tmp_path)]):
-        monkeypatch.setattr("sys.argv", ["figures", *flags])
-        figures.main()
-    old = ["curves", "corpus", "rates", "tuning", "smollm2"]
-    assert drawn[: len(old) + 1] == [set(old), *old]
-    assert drawn[len(old) + 1 :] == [{"design"}, "design", set(fakes), *fakes]
+    monkeypatch.setattr(figures, "train_missing", lambda runs, arguments: trained.append(len(runs)))
+    done = ["large/v2-4", "curves/v1-1", *(name for name in runs.planned_runs("docs", "out") if "rates/" in name)]
+    for name in done:
+        runs.log_path(tmp_path, name).touch()
+    monkeypatch.setattr("sys.argv", ["figures", "--logs", str(tmp_path)])
+    figures.main()
+    text = capsys.readouterr().out
+    assert drawn == dict(rates=done[2:], large=done[:1]) and not trained
+    assert "large: 20 of 21 runs have no log; python -m bench.runs 'large/*' trains them" in text
+    assert "curves: 14 of 15 runs" in text and "rates:" not in text
+    drawn.clear()
+    monkeypatch.setattr("sys.argv", ["figures", "--logs", str(tmp_path), "--only", "large", "design"])
+    figures.main()
+    assert drawn == dict(large=done[:1]) and "design: 21 of 21" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["figures", "--smoke", "--out", str(tmp_path)])
+    figures.main()
+    assert len(trained) == 1 and trained[0] > 30
+
+
+def test_tables_of_a_few_runs(kept, tmp_path, capsys):
+    """Of V1 there is no run, and of V2 none with plain's seed."""
+    folder, planned = kept
+    names = ("large/vanilla-1", "large/v2-2", "design/norm-1", "fair/v1-0.0012", "retrieval/v1-1-2048")
+    for group, draws in evidence.FIGURES.items():
+        few = {name: planned[name] for name in names if name.startswith(f"{group}/")}
+        for draw in draws if few else ():
+            draw(folder, few, tmp_path)
+    text = capsys.readouterr().out
+    assert [row[:2] for row in table(text, "Held-out loss at the end")] == [["plain", "1"], ["V2", "1"]]
+    for title in ("Held-out loss minus plain's", "V2 with shared keys", "V2 taken apart"):
+        assert title not in text

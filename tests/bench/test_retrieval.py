@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from bench.probes import CITIES, PARTS
+from bench.probes import CITIES, PARTS, layer_maps
 from bench.retrieval import HELD_OUT, TAUGHT, Retrieval
 from data.write import write_dataset
 from engine.generate import Decoder
@@ -145,3 +145,23 @@ def test_measurement_by_number_of_needles_and_depth(task, monkeypatch):
         assert tested["right"] == [*tested["texts"][:2], sum(64 <= start < 80 for start in starts), 0, 0]
     for kinds in found["needle"].values():
         assert sum(kinds[part][0] for part in PARTS) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("attn", ["vanilla", "v2"])
+def test_maps_of_the_head_that_looks_at_the_answer_most(settings, attn):
+    task = Retrieval(settings(attn=attn))
+    found = task.measure(4)
+    recall, best = found["recall"], found["needle"]["weights"]["best_head"]
+    assert json.loads(json.dumps(recall)) == recall
+    assert {key: recall[key] for key in best} == best
+    text = "".join(recall["tokens"])
+    facts, asked = dict(NEEDLE.findall(text)), text.rsplit(" ", 2)[1]
+    assert len(facts) == 3 and text.endswith(f" The magic number of {asked} is") and asked == [*facts][1]
+    assert "".join(recall["tokens"][slice(*recall["span"])]) == f" {facts[asked]}"
+    ids = torch.tensor([task.encoding.encode_ordinary(text)])
+    with torch.no_grad():
+        maps = list(layer_maps(task.model, ids, slice(None)))[best["layer"]][0]
+    kinds = dict(first="weights") if attn == "vanilla" else dict(first="first", second="second", difference="weights")
+    for kind, name in kinds.items():
+        assert torch.tensor(recall[kind]) == pytest.approx(maps[name][0, best["head"]].numpy(), abs=6e-5)
+    assert ("factor" in recall, "difference" in recall) == (attn == "v2",) * 2
