@@ -11,6 +11,7 @@ import numpy as np
 
 from bench.logs import (
     COLORS,
+    NAMES,
     gaps,
     mean_std,
     norm_row,
@@ -28,8 +29,6 @@ from bench.runs import KINDS
 
 STEPS = (250, 500, 1000, 1500)  # after which the tables compare losses
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for 1, 2, ... degrees of freedom
-NAMES = {"vanilla": "plain", "v1": "V1", "v1-wide": "V1, 3 pairs of 128", "v2": "V2"}
-NAMES["v2-equal"] = "V2, plain's learning rate"
 ACTIVATIONS = {"residual": "residual stream", "attention": "attention's output", "heads": "what o_proj reads"}
 
 # ---------------------------------------------------------------------------------------------------

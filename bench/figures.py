@@ -17,6 +17,7 @@ from bench import evidence
 from bench.logs import (
     COLORS,
     MEMORY,
+    NAMES,
     SPIKE,
     gaps,
     held_out_at,
@@ -37,7 +38,7 @@ from bench.logs import (
 from bench.runs import KINDS, LEARNING_RATES, add_flags, log_path, parse_runs, train_missing
 from engine.settings import Parser, run_script
 
-NAMES = {
+REPORT_ROWS = {
     "vanilla-bare": "(a) plain Transformer, nothing else", "v1-bare": "(b) V1 without the methods",
     "v1": "(c) V1", "v2": "(c) V2", "vanilla": "(d) plain Transformer",
 }  # fmt: skip
@@ -58,29 +59,30 @@ GAP_STEPS = (100, 250, 500, 1000)  # at which a table compares V2 made from Smol
 
 def curves(logs, runs, folder):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    kinds = {kind: read_seeds(logs, runs, f"curves/{kind}-") for kind in NAMES}
+    kinds = {kind: read_seeds(logs, runs, f"curves/{kind}-") for kind in REPORT_ROWS}
     for (kind, seeds), (axis, column) in itertools.product(kinds.items(), zip(axes, ("loss", "grad_norm"))):
         shortest = min(len(log["step"]) for log in seeds)  # a run that diverged ends early
         lines = np.array([smooth(log[column][:shortest]) for log in seeds])
         steps = seeds[0]["step"][:shortest][-lines.shape[1] :]
-        axis.plot(steps, lines.mean(0), color=COLORS[kind], label=NAMES[kind], linewidth=1)
+        axis.plot(steps, lines.mean(0), color=COLORS[kind], label=REPORT_ROWS[kind], linewidth=1)
         axis.fill_between(steps, lines.min(0), lines.max(0), color=COLORS[kind], alpha=0.2, linewidth=0)
     axes[0].set(xlabel="step", ylabel="training loss, nats", yscale="log")
     axes[1].set(xlabel="step", ylabel="norm of the gradient", yscale="log")
     axes[1].axvline(200, color="lightgray", zorder=0, linewidth=1)
     top = dict(y=0.95, transform=axes[1].get_xaxis_transform())
     axes[1].text(205, s="(c), (d): end of the warmup", fontsize=8, color="gray", **top)
-    axes[0].legend(fontsize=8)
+    title = "mean over 20 steps and three seeds,\nband: lowest to highest seed"
+    axes[0].legend(loc="upper right", fontsize=8, title=title, title_fontsize=8)
     save(figure, folder / "curves.png")
     print_table("Early training loss", early_rows(kinds))
-    print_table("Gradient norm, seed by seed", [norm_row(NAMES[kind], seeds) for kind, seeds in kinds.items()])
+    print_table("Gradient norm, seed by seed", [norm_row(REPORT_ROWS[kind], seeds) for kind, seeds in kinds.items()])
 
 
 def early_rows(kinds):
     """The mean loss of the first steps, and its distance from both baselines."""
     rows = []
     for kind in kinds:
-        row = {"run": NAMES[kind]}
+        row = {"run": REPORT_ROWS[kind]}
         for steps in EARLY:
             early = {other: [np.nanmean(log["loss"][:steps]) for log in seeds] for other, seeds in kinds.items()}
             row[f"loss, steps 1 to {steps}"] = mean_std(early[kind])
@@ -94,13 +96,14 @@ def early_rows(kinds):
 def tuning(logs, runs, folder):
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))
     sft, dpo = read_log(logs, "tuning/sft"), read_log(logs, "tuning/dpo")
-    panels = ((sft, "loss", "SFT: loss, nats"), (dpo, "loss", "DPO: loss"), (dpo, "accuracy", "DPO: accuracy, margin"))
-    for axis, (log, column, title) in zip(axes, panels):
+    panels = ((sft, "loss", "SFT", "loss, nats a token"), (dpo, "loss", "DPO", "loss, nats a pair"))
+    panels += ((dpo, "accuracy", "DPO", "share of pairs; nats"),)
+    for axis, (log, column, title, unit) in zip(axes, panels):
         draw_training(axis, log, column, "tab:blue")
-        axis.set(xlabel="step", title=title)
+        axis.set(xlabel="step", title=title, ylabel=unit)
     draw_training(axes[2], dpo, "margin", "tab:green")
     for axis in axes:
-        legend_above(axis)
+        legend_above(axis, ncol=2)
     save(figure, folder / "tuning.png")
     rows = []
     for name, log in (("SFT", sft), ("DPO", dpo)):
@@ -115,7 +118,7 @@ def tuning(logs, runs, folder):
 def draw_training(axis, log, column, color):
     """Draw the smoothed training curve of a column, and the held-out values as points."""
     line = smooth(log[column])
-    axis.plot(log["step"][-len(line) :], line, color=color, linewidth=1, label=column)
+    axis.plot(log["step"][-len(line) :], line, color=color, linewidth=1, label=f"{column}, mean over 20 steps")
     held_out = log[f"val_{column}"]
     measured = ~np.isnan(held_out)
     axis.plot(log["step"][measured], held_out[measured], "o", color=color, markersize=4, label=f"held-out {column}")
@@ -160,12 +163,13 @@ def stability(logs, runs, folder):
         rows.append(labels | stability_row(log, runs[name].settings))
         axis.plot(log["step"], log["grad_norm"], color=COLORS[attn], linewidth=0.6)
         found = spikes(log["grad_norm"])
-        axis.plot(log["step"][found], log["grad_norm"][found], "k.", markersize=5)
-        axis.set(yscale="log", title=f"{attn}, peak learning rate {rate:g}")
+        axis.plot(log["step"][found], log["grad_norm"][found], "k.", markersize=5, label="spike")
+        axis.set(yscale="log", title=f"{NAMES[attn]}, peak learning rate {rate:g}")
     for axis in axes[-1]:
         axis.set(xlabel="step")
     for axis in axes[:, 0]:
         axis.set(ylabel="norm of the gradient")
+    axes[0, 0].legend(fontsize=8)
     save(figure, folder / "stability.png")
     print_table(f"Stability: a spike is above {SPIKE} times the median of the {MEMORY} steps before", rows)
 
@@ -174,14 +178,18 @@ def lambdas(logs, runs, folder):
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
     for attn, axis in zip(("v1", "v2"), axes):
         log = read_seeds(logs, runs, f"corpus/{attn}-")[0]
-        measured = ~np.isnan(log["lambdas"][:, 0])
-        layers = log["lambdas"].shape[1]
-        for layer in range(layers):
-            color = plt.cm.viridis(layer / layers)
-            axis.plot(log["step"][measured], log["lambdas"][measured, layer], color=color, label=f"layer {layer}")
-        axis.set(xlabel="step", title=f"{attn}: factor of the second map")
-    axes[1].legend(fontsize=7, ncol=2)
+        draw_lambdas(figure, axis, log)
+        axis.set(xlabel="step", title=NAMES[attn])
+    axes[0].set(ylabel="lambda, the factor of the second map")
     save(figure, folder / "lambdas.png")
+
+
+def draw_lambdas(figure, axis, log):
+    measured, layers = ~np.isnan(log["lambdas"][:, 0]), log["lambdas"].shape[1]
+    colors = plt.cm.ScalarMappable(plt.Normalize(0, layers - 1), "viridis")
+    figure.colorbar(colors, ax=axis, label="layer")
+    for layer in range(layers):
+        axis.plot(log["step"][measured], log["lambdas"][measured, layer], color=colors.to_rgba(layer), linewidth=1)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -200,20 +208,22 @@ def inside(logs, runs, folder):
             [probe["context_rms"]["output"]["mean"] for probe in seeds],
         )
         for axis, values in zip(axes, panels):
-            axis.plot(np.mean(values, axis=0), "o-", color=COLORS[attn], label=attn, markersize=3)
+            axis.plot(np.mean(values, axis=0), "o-", color=COLORS[attn], label=NAMES[attn], markersize=3)
         for axis, kind in zip(axes[2:], ("weights", "output")):
             lowest = np.min([probe["context_rms"][kind]["minimum"] for probe in seeds], axis=0)
-            axis.plot(lowest, ":", color=COLORS[attn], label=f"{attn}, lowest")
+            axis.plot(lowest, ":", color=COLORS[attn], label=f"{NAMES[attn]}, lowest")
     one = probes["vanilla"][0]
-    axes[0].axhline(one["answer_tokens"] / one["length"], color="lightgray", zorder=0, label="if uniform")
-    axes[2].axhline(one["context_rms"]["bound"], color="lightgray", zorder=0, label="least of a softmax, 1/sqrt(n)")
-    axes[0].set(xlabel="layer", title="share of attention on the answer", yscale="log")
     even = 2 / one["length"] * np.log(2)  # the mean of 1 / n over the second half of a text
-    axes[1].axhline(even, color="lightgray", zorder=0, label="if uniform")
-    axes[1].set(xlabel="layer", title="share of attention on the first token")
-    axes[2].set(xlabel="layer", title="norm of the weights of a query", yscale="log")
-    axes[3].set(xlabel="layer", title="RMS of a head's output over that of its values", yscale="log")
+    references = (one["answer_tokens"] / one["length"], "if even"), (even, "if even")
+    references += ((one["context_rms"]["bound"], "least of a softmax, 1/sqrt(n)"),)
+    for axis, (value, label) in zip(axes, references):
+        axis.axhline(value, color="lightgray", zorder=0, label=label)
+    axes[0].set(title="the answer's share of attention", yscale="log")
+    axes[1].set(title="the first token's share of attention")
+    axes[2].set(title="L2 norm of a query's weights", yscale="log")
+    axes[3].set(title="RMS of a head's output over that of its values", yscale="log")
     for axis in axes:
+        axis.set(xlabel="layer")
         legend_above(axis)
     save(figure, folder / "attention.png")
     print_table("Needles: shares of the last token's attention, mean over layers and heads", needle_rows(probes))
@@ -289,7 +299,7 @@ def maps(logs, runs, folder):
             axis.set_xticklabels(tokens, rotation=90, fontsize=6)
             axis.set_yticklabels(tokens, fontsize=6)
             title = kind if kind != "difference" else f"first - {head['factor']:.2f} second (of the last token)"
-            axis.set_title(f"{attn}, layer {head['layer']}, head {head['head']}: {title}", fontsize=8)
+            axis.set_title(f"{NAMES[attn]}, layer {head['layer']}, head {head['head']}: {title}", fontsize=8)
     save(figure, folder / "maps.png")
 
 
@@ -318,18 +328,9 @@ def smollm2(logs, runs, folder):
     gap_axis.set(xlabel="step", ylabel="held-out loss, V2 minus plain, nats", title="V2 against plain, 6e-4")
     gap_axis.legend(fontsize=8)
 
-    measured, layers = ~np.isnan(v2["lambdas"][:, 0]), v2["lambdas"].shape[1]
-    colors = plt.cm.ScalarMappable(plt.Normalize(0, layers - 1), "viridis")
-    for layer in range(layers):
-        lam = v2["lambdas"][measured, layer]
-        lambda_axis.plot(v2["step"][measured], lam, color=colors.to_rgba(layer), linewidth=1)
-    figure.colorbar(colors, ax=lambda_axis, label="layer")
+    draw_lambdas(figure, lambda_axis, v2)
     lambda_axis.set(xlabel="step", ylabel="lambda, the factor of the second map", title="V2, 6e-4: lambda")
-    save(figure, path := folder / "smollm2.png")
-    from PIL import Image  # which matplotlib needs: bench.logs says so if that is missing
-
-    with Image.open(path) as image:  # with a palette, the lines of 30 colours take a third of the bytes
-        image.convert("RGB").quantize().save(path)
+    save(figure, folder / "smollm2.png")
 
     tokens = settings.batch_size * settings.block_size  # a step, in all runs
     rows = [{"run": labels[name]} | continued_row(log, tokens) for name, log in found.items()]

@@ -10,6 +10,7 @@ from engine.settings import UserError, fail
 
 try:
     import matplotlib.pyplot as plt
+    from PIL import Image  # which matplotlib needs
 except ImportError:
     fail("the pictures need matplotlib: pip install -r requirements-dev.txt")
 plt.switch_backend("Agg")
@@ -18,6 +19,8 @@ COLORS = {
     "vanilla": "tab:gray", "v1": "tab:orange", "v2": "tab:blue", "vanilla-bare": "black", "v1-bare": "tab:red",
     "v1-wide": "tab:brown", "v2-equal": "tab:cyan",
 }  # fmt: skip
+NAMES = {"vanilla": "plain", "v1": "V1", "v1-wide": "V1, 3 pairs of 128", "v2": "V2"}
+NAMES["v2-equal"] = "V2, plain's learning rate"
 SPIKE, MEMORY = 10, 100  # a spike is a gradient norm above SPIKE times the median of the MEMORY steps before
 
 
@@ -139,10 +142,11 @@ def print_table(title, rows):
         print("| " + " | ".join(map(str, row.values())) + " |")
 
 
-def legend_above(axis):
+def legend_above(axis, **options):
     """Put the legend above the picture, where it hides no data."""
+    options = dict(fontsize=7, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False) | options
     axis.set_title(axis.get_title(), pad=44)
-    axis.legend(fontsize=7, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    axis.legend(**options)
 
 
 def save(figure, path):
@@ -150,3 +154,5 @@ def save(figure, path):
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    with Image.open(path) as image:  # with a palette, it takes a third of the bytes
+        image.convert("RGB").quantize().save(path, optimize=True)

@@ -389,10 +389,10 @@ def log_of(loss, grad_norm=None, val_loss=None):
 
 def test_early_loss_and_its_distance_from_the_baselines():
     first, later = np.full(200, 4.0), np.full(800, 2.0)
-    kinds = {kind: [log_of(np.concatenate((first, later)))] for kind in figures.NAMES}
+    kinds = {kind: [log_of(np.concatenate((first, later)))] for kind in figures.REPORT_ROWS}
     kinds["v2"] = [log_of(np.concatenate((first * 0.5, later))), log_of(np.concatenate((first * 0.7, later)))]
     kinds["v2"][0]["loss"][7] = np.nan  # a step that was skipped
-    row = figures.early_rows(kinds)[list(figures.NAMES).index("v2")]
+    row = figures.early_rows(kinds)[list(figures.REPORT_ROWS).index("v2")]
     assert row["loss, steps 1 to 200"] == "2.400 ± 0.566" and row["to 200, against (a)"] == "-40.0%"
     assert row["to 1000, against (d)"].startswith("-13.")
 
