@@ -17,6 +17,7 @@ from bench.logs import (
     norm_row,
     plt,
     print_table,
+    rate_text,
     read_json,
     read_log,
     read_probes,
@@ -81,12 +82,7 @@ def print_cost(logs, runs, group):
 
 
 def large(logs, runs, folder):
-    first = next(name for name in runs if name.startswith("large/vanilla-"))
-    plain = read_log(logs, first)
-    steps = plain["step"][~np.isnan(plain["val_loss"])]
-    steps = steps[steps >= runs[first].settings.warmup_steps]  # before, it falls too steeply to interpolate
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    losses, differences, norms = [], [], []
+    losses, norms, differences, drawn = [], [], [], {}
     for kind, name in NAMES.items():
         seeds, compared = read_seeds(logs, runs, f"large/{kind}-"), pairs(logs, runs, "large", kind, "vanilla")
         if not seeds:
@@ -95,30 +91,45 @@ def large(logs, runs, folder):
         losses.append({"attn": name, "seeds": len(seeds), "held-out loss, nats": mean_std(ends)})
         losses[-1]["perplexity"] = mean_std(np.exp(ends), 2)
         norms.append(norm_row(name, seeds))
-        for axis, what in zip(axes, ("steps", "time") if compared and kind != "vanilla" else ()):
-            mean, half = t_interval(compare(compared, steps)[what])
-            label = f"{name}, n = {len(compared)}"
-            axis.plot(steps, mean, "o-", color=COLORS[kind], label=label, markersize=2, linewidth=1)
-            if len(compared) > 2:  # with two, the interval is 12.7 standard errors
-                axis.fill_between(steps, mean - half, mean + half, color=COLORS[kind], alpha=0.2, linewidth=0)
-            row = {"attn": name, "seeds": len(compared), "at equal": what}
-            at_steps = zip(STEPS, compare(compared, STEPS)[what].T)
-            differences.append(row | {f"step {step}": with_interval(values, 3, "+") for step, values in at_steps})
-    for axis, title in zip(axes, ("at equal steps", "at equal time (that of plain's steps)")):
-        axis.axhline(0, color=COLORS["vanilla"], linewidth=1, label="plain")
-        axis.set(xlabel="step of plain", title=title)
-    axes[0].set(ylabel="held-out loss minus plain's, nats")
-    axes[0].legend(fontsize=8, title="band: 95 % interval", title_fontsize=8)
-    save(figure, folder / "large.png")
+        if compared and kind != "vanilla":
+            drawn[kind] = compared
+            for what, by_seed in compare(compared, STEPS).items():
+                row = {"attn": name, "seeds": len(compared), "at equal": what}
+                at_steps = zip(STEPS, by_seed.T)
+                differences.append(row | {f"step {step}": with_interval(values, 3, "+") for step, values in at_steps})
+    if drawn:
+        draw_gaps(drawn, runs, folder)
     print_table("Held-out loss at the end", losses)
     print_table("Held-out loss minus plain's, nats, with a 95 % interval", differences)
     print_table("Gradient norm, seed by seed", norms)
     print_cost(logs, runs, "large")
 
 
+def draw_gaps(drawn, runs, folder):
+    """Draw the gaps of {kind: [(log, plain's log)]} at equal steps and at equal time."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    plain, warmup = next(iter(drawn.values()))[0][1], next(iter(runs.values())).settings.warmup_steps
+    steps = plain["step"][~np.isnan(plain["val_loss"])]
+    steps = steps[steps >= warmup]  # before, the loss falls too steeply to interpolate
+    for kind, compared in drawn.items():
+        for axis, by_seed in zip(axes, compare(compared, steps).values()):
+            mean, half = t_interval(by_seed)
+            label = f"{NAMES[kind]}, n = {len(compared)}"
+            axis.plot(steps, mean, "o-", color=COLORS[kind], label=label, markersize=2, linewidth=1)
+            if len(compared) > 2:  # with two, the interval is 12.7 standard errors
+                axis.fill_between(steps, mean - half, mean + half, color=COLORS[kind], alpha=0.2, linewidth=0)
+    for axis, title in zip(axes, ("at equal steps", "at equal time (that of plain's steps)")):
+        axis.axhline(0, color=COLORS["vanilla"], linewidth=1, label="plain")
+        axis.set(xlabel="step of plain", title=title)
+    axes[0].set(ylabel="held-out loss minus plain's, nats")
+    banded = any(len(compared) > 2 for compared in drawn.values())
+    axes[0].legend(fontsize=8, title="band: 95 % interval" if banded else None, title_fontsize=8)
+    save(figure, folder / "large.png")
+
+
 def shared_keys(logs, runs, folder):
     """V2 whose upper six layers share keys and values (n_kv_layers), against V2."""
-    compared = pairs(logs, runs, "large", "v2-half", "v2")
+    compared = pairs(logs, runs, "large", "v2-shared", "v2")
     rows = []
     for what, differences in compare(compared, STEPS).items() if compared else ():
         at_steps = {f"step {step}": with_interval(values, 3, "+") for step, values in zip(STEPS, differences.T)}
@@ -137,7 +148,8 @@ def rates(group, title, logs, runs, folder):
     rows = []
     for name in names:
         settings = runs[name].settings
-        labels = {"peak learning rate": f"{settings.learning_rate:g}", "attn": settings.attn, "seed": settings.seed}
+        labels = {"peak learning rate": rate_text(settings.learning_rate), "attn": NAMES[settings.attn]}
+        labels["seed"] = settings.seed
         rows.append(labels | stability_row(read_log(logs, name), settings))
     print_table(title, rows)
     print_cost(logs, runs, group)
@@ -161,9 +173,11 @@ def design(logs, runs, folder):
 # Activation outliers
 
 
-def outliers(logs, runs, folder):
+def outliers(group, logs, runs, folder):
+    found, rows = read_probes(logs, runs, group), []
+    if not found:
+        return
     figure, axes = plt.subplots(2, len(ACTIVATIONS), figsize=(11, 5.5), sharex=True)
-    found, rows = read_probes(logs, runs, "large"), []
     kinds = [kind for kind in NAMES if kind in found]
     for (column, (what, title)), attn in itertools.product(enumerate(ACTIVATIONS.items()), kinds):
         probes = found[attn]
@@ -174,8 +188,10 @@ def outliers(logs, runs, folder):
             axis.plot(layers, by_layer.mean(0), "o-", color=COLORS[attn], label=NAMES[attn], markersize=3)
             axis.fill_between(layers, by_layer.min(0), by_layer.max(0), color=COLORS[attn], alpha=0.2, linewidth=0)
             axis.set(yscale="log", xticks=layers[::2])
-            row[f"{measure}, median layer"] = with_interval(np.median(by_layer, axis=1), 1)
-            row[f"{measure}, highest layer"] = with_interval(by_layer.max(1), 1)
+            for layer, values in (("median", np.median(by_layer, axis=1)), ("highest", by_layer.max(1))):
+                few = len(probes) < 3  # the interval of two seeds is 12.7 standard errors
+                text = ", ".join(f"{value:.1f}" for value in values) if few else with_interval(values, 1)
+                row[f"{measure}, {layer} layer"] = text
             row[f"{measure}, layer"] = ", ".join(map(str, by_layer.argmax(1)))
         axes[0, column].set(title=title)
         axes[1, column].set(xlabel="layer")
@@ -185,8 +201,8 @@ def outliers(logs, runs, folder):
     axes[0, 0].set(ylabel="largest absolute value")
     axes[1, 0].set(ylabel="kurtosis")
     axes[1, 2].legend(fontsize=8, title="band: lowest to highest seed", title_fontsize=8)
-    save(figure, folder / "outliers.png")
-    print_table("Outliers by layer, with a 95 % interval over seeds", rows)
+    save(figure, folder / f"outliers-{group}.png")
+    print_table(f"Outliers by layer in the runs `{group}`, with a 95 % interval of three seeds and more", rows)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -248,30 +264,30 @@ def retrieval(logs, runs, folder):
     print_cost(logs, runs, "retrieval")
 
 
-def maps(logs, runs, folder):
+def recall_maps(logs, runs, folder):
     """Draw the maps of the head that looks at the answer most, of the shorter texts' first seed of each attention."""
     found = read_retrieval(logs, runs)
     shortest = min(length for _, length in found)
     heads = {attn: seeds[0]["recall"] for (attn, length), seeds in found.items() if length == shortest}
-    figure, axes = plt.subplots(len(heads), 3, figsize=(13, 3.8 * len(heads)), squeeze=False)
+    figure, axes = plt.subplots(len(heads), 3, figsize=(13, 3.9 * len(heads)), squeeze=False)
     for row, (attn, head) in zip(axes, heads.items()):
         place, tokens = f"{NAMES[attn]}, layer {head['layer']}, head {head['head']}", head["tokens"]
-        titles = {"first": "first map" if "second" in head else "its only map", "second": "second map"}
-        titles["difference"] = f"first - {head.get('factor', 0):.2f} second (of the last token)"
+        titles = {"first": "A1" if "second" in head else "its only map", "second": "A2"}
+        titles["difference"] = f"A1 - {head.get('factor', 0):.2f} A2 (lambda of the last query)"
         for axis, (kind, title) in zip(row, titles.items()):
-            axis.set_axis_off()
-            if kind in head:
-                axis.set_axis_on()
-                image = axis.imshow(np.array(head[kind]), cmap="RdBu_r", vmin=-1, vmax=1)
-                figure.colorbar(image, ax=axis, label="attention weight", fraction=0.046, pad=0.02)
-                axis.set(xticks=range(len(tokens)), yticks=range(len(tokens)), xlabel="key", ylabel="query")
-                axis.set_xticklabels(tokens, rotation=90, fontsize=6)
-                axis.set_yticklabels(tokens, fontsize=6)
-                axis.set_title(f"{place}: {title}", fontsize=8)
-                for edge in head["span"]:
-                    axis.axvline(edge - 0.5, color="tab:green", linewidth=0.8)
+            if kind not in head:
+                axis.set_axis_off()
+                continue
+            image = axis.imshow(np.array(head[kind]), cmap="RdBu_r", vmin=-1, vmax=1)
+            figure.colorbar(image, ax=axis, label="attention weight", fraction=0.046, pad=0.02)
+            axis.set(xticks=range(len(tokens)), yticks=range(len(tokens)), xlabel="key", ylabel="query")
+            axis.set_xticklabels(tokens, rotation=90, fontsize=6)
+            axis.set_yticklabels(tokens, fontsize=6)
+            axis.set_title(f"{place}: {title}", fontsize=9)
+            for edge in head["span"]:
+                axis.axvline(edge - 0.5, color="tab:green", linewidth=0.8)
     figure.supxlabel("between the green lines: the answer to the question at the end", fontsize=9)
-    save(figure, folder / "maps.png")
+    save(figure, folder / "recall.png")
 
 
 def accuracy_rows(found):
@@ -309,9 +325,12 @@ def share_rows(found):
 
 
 FIGURES = {  # by group of runs
-    "fair": (functools.partial(rates, "fair", "Learning rates, 500 steps of 65,536 tokens"),),
-    "large": (large, shared_keys, outliers),
-    "stable": (functools.partial(rates, "stable", "Stability at 2e-3, 500 steps of 65,536 tokens"),),
+    "sweep": (functools.partial(rates, "sweep", "Learning rates, 500 steps of 65,536 tokens"),),
+    "large": (large, shared_keys, functools.partial(outliers, "large")),
+    "stable": (
+        functools.partial(rates, "stable", "Stability at 2e-3, 500 steps of 65,536 tokens"),
+        functools.partial(outliers, "stable"),
+    ),
     "design": (design,),
-    "retrieval": (retrieval, maps),
+    "retrieval": (retrieval, recall_maps),
 }

@@ -4,8 +4,8 @@ python -m bench.figures                      # of all groups of runs
 python -m bench.figures --only curves rates  # of two
 python -m bench.figures --logs out/mylogs    # of runs of your own
 
-The tables are printed as Markdown, and the pictures written to docs/. A group of bench.evidence is drawn from the runs
-that are done, another when all are.
+The tables are printed as Markdown, and the pictures written to docs/. The groups sweep, large, stable, design and
+retrieval are drawn from the runs that are done, the others when all of their runs are.
 """
 
 import itertools
@@ -26,6 +26,7 @@ from bench.logs import (
     norm_row,
     plt,
     print_table,
+    rate_text,
     read_json,
     read_log,
     read_probes,
@@ -36,7 +37,7 @@ from bench.logs import (
     stability_row,
 )
 from bench.runs import KINDS, LEARNING_RATES, add_flags, log_path, parse_runs, train_missing
-from engine.settings import Parser, run_script
+from engine.settings import Parser, UserError, run_script
 
 REPORT_ROWS = {
     "vanilla-bare": "(a) plain Transformer, nothing else", "v1-bare": "(b) V1 without the methods",
@@ -67,12 +68,12 @@ def curves(logs, runs, folder):
         axis.plot(steps, lines.mean(0), color=COLORS[kind], label=REPORT_ROWS[kind], linewidth=1)
         axis.fill_between(steps, lines.min(0), lines.max(0), color=COLORS[kind], alpha=0.2, linewidth=0)
     axes[0].set(xlabel="step", ylabel="training loss, nats", yscale="log")
-    axes[1].set(xlabel="step", ylabel="norm of the gradient", yscale="log")
+    axes[1].set(xlabel="step", ylabel="norm of the gradient, before clipping", yscale="log")
     axes[1].axvline(200, color="lightgray", zorder=0, linewidth=1)
     top = dict(y=0.95, transform=axes[1].get_xaxis_transform())
     axes[1].text(205, s="(c), (d): end of the warmup", fontsize=8, color="gray", **top)
-    title = "mean over 20 steps and three seeds,\nband: lowest to highest seed"
-    axes[0].legend(loc="upper right", fontsize=8, title=title, title_fontsize=8)
+    title = "mean over 20 steps and three seeds; band: lowest to highest seed"
+    legend_above(axes[0], ncol=2, title=title, title_fontsize=7)
     save(figure, folder / "curves.png")
     print_table("Early training loss", early_rows(kinds))
     print_table("Gradient norm, seed by seed", [norm_row(REPORT_ROWS[kind], seeds) for kind, seeds in kinds.items()])
@@ -94,16 +95,17 @@ def early_rows(kinds):
 
 
 def tuning(logs, runs, folder):
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6))
     sft, dpo = read_log(logs, "tuning/sft"), read_log(logs, "tuning/dpo")
     panels = ((sft, "loss", "SFT", "loss, nats a token"), (dpo, "loss", "DPO", "loss, nats a pair"))
-    panels += ((dpo, "accuracy", "DPO", "share of pairs; nats"),)
-    for axis, (log, column, title, unit) in zip(axes, panels):
-        draw_training(axis, log, column, "tab:blue")
-        axis.set(xlabel="step", title=title, ylabel=unit)
-    draw_training(axes[2], dpo, "margin", "tab:green")
-    for axis in axes:
-        legend_above(axis, ncol=2)
+    panels += ((dpo, "accuracy", "DPO", "accuracy, share of pairs"), (dpo, "margin", "DPO", "margin of rewards, nats"))
+    for axis, (log, column, title, label) in zip(axes, panels):
+        line, held_out = smooth(log[column]), log[f"val_{column}"]
+        axis.plot(log["step"][-len(line) :], line, color="tab:blue", linewidth=1, label="training, mean over 20 steps")
+        measured = ~np.isnan(held_out)
+        axis.plot(log["step"][measured], held_out[measured], "o", color="tab:orange", markersize=4, label="held out")
+        axis.set(xlabel="step", title=title, ylabel=label)
+    axes[0].legend(fontsize=7)
     save(figure, folder / "tuning.png")
     rows = []
     for name, log in (("SFT", sft), ("DPO", dpo)):
@@ -113,15 +115,6 @@ def tuning(logs, runs, folder):
         row |= {"held-out at the end": ", ".join(f"{k[4:]} {v[-1]:.3f}" for k, v in measured.items() if "val" in k)}
         rows.append(row)
     print_table("Fine-tuning", rows)
-
-
-def draw_training(axis, log, column, color):
-    """Draw the smoothed training curve of a column, and the held-out values as points."""
-    line = smooth(log[column])
-    axis.plot(log["step"][-len(line) :], line, color=color, linewidth=1, label=f"{column}, mean over 20 steps")
-    held_out = log[f"val_{column}"]
-    measured = ~np.isnan(held_out)
-    axis.plot(log["step"][measured], held_out[measured], "o", color=color, markersize=4, label=f"held-out {column}")
 
 
 def first_and_last(values, width=50):
@@ -140,7 +133,7 @@ def corpus(logs, runs, folder):
     rows = held_out_rows(logs, runs, "corpus", lambda losses: losses[-1])
     print_table("Held-out loss on the larger corpus, at the end", rows)
     kinds = {attn: read_seeds(logs, runs, f"corpus/{attn}-") for attn in KINDS}
-    print_table("Gradient norm there, seed by seed", [norm_row(attn, seeds) for attn, seeds in kinds.items()])
+    print_table("Gradient norm there, seed by seed", [norm_row(NAMES[attn], seeds) for attn, seeds in kinds.items()])
 
 
 def held_out_rows(logs, runs, group, choose):
@@ -148,9 +141,11 @@ def held_out_rows(logs, runs, group, choose):
     rows = []
     losses = {k: [choose(log["val_loss"]) for log in read_seeds(logs, runs, f"{group}/{k}-")] for k in KINDS}
     for attn, values in losses.items():
-        gaps = [value - plain for value, plain in zip(values, losses["vanilla"])]
-        row = {"attn": attn, "seeds": len(values), "held-out loss, nats": mean_std(values)}
-        rows.append(row | {"perplexity": mean_std([np.exp(v) for v in values], 2), "against vanilla": mean_std(gaps)})
+        differences = [value - plain for value, plain in zip(values, losses["vanilla"])]
+        row = {"attn": NAMES[attn], "seeds": len(values), "held-out loss, nats": mean_std(values)}
+        row["perplexity"] = mean_std([np.exp(v) for v in values], 2)
+        row["minus plain's, 95 %"] = evidence.with_interval(differences, 3, "+") if attn != "vanilla" else ""
+        rows.append(row)
     return rows
 
 
@@ -159,16 +154,16 @@ def stability(logs, runs, folder):
     rows = []
     for (row, rate), (column, attn) in itertools.product(enumerate(LEARNING_RATES), enumerate(KINDS)):
         name, axis = f"rates/{attn}-{rate:g}", axes[row, column]
-        log, labels = read_log(logs, name), {"peak learning rate": f"{rate:g}", "attn": attn}
+        log, labels = read_log(logs, name), {"peak learning rate": rate_text(rate), "attn": NAMES[attn]}
         rows.append(labels | stability_row(log, runs[name].settings))
         axis.plot(log["step"], log["grad_norm"], color=COLORS[attn], linewidth=0.6)
         found = spikes(log["grad_norm"])
         axis.plot(log["step"][found], log["grad_norm"][found], "k.", markersize=5, label="spike")
-        axis.set(yscale="log", title=f"{NAMES[attn]}, peak learning rate {rate:g}")
+        axis.set(yscale="log", title=f"{NAMES[attn]}, peak learning rate {rate_text(rate)}")
     for axis in axes[-1]:
         axis.set(xlabel="step")
     for axis in axes[:, 0]:
-        axis.set(ylabel="norm of the gradient")
+        axis.set(ylabel="gradient norm, unclipped")
     axes[0, 0].legend(fontsize=8)
     save(figure, folder / "stability.png")
     print_table(f"Stability: a spike is above {SPIKE} times the median of the {MEMORY} steps before", rows)
@@ -214,16 +209,16 @@ def inside(logs, runs, folder):
             axis.plot(lowest, ":", color=COLORS[attn], label=f"{NAMES[attn]}, lowest")
     one = probes["vanilla"][0]
     even = 2 / one["length"] * np.log(2)  # the mean of 1 / n over the second half of a text
-    references = (one["answer_tokens"] / one["length"], "if even"), (even, "if even")
-    references += ((one["context_rms"]["bound"], "least of a softmax, 1/sqrt(n)"),)
+    references = (one["answer_tokens"] / one["length"], "even attention"), (even, "even attention")
+    references += ((one["context_rms"]["bound"], "least of a softmax, 1/sqrt(tokens)"),)
     for axis, (value, label) in zip(axes, references):
         axis.axhline(value, color="lightgray", zorder=0, label=label)
     axes[0].set(title="the answer's share of attention", yscale="log")
     axes[1].set(title="the first token's share of attention")
     axes[2].set(title="L2 norm of a query's weights", yscale="log")
     axes[3].set(title="RMS of a head's output over that of its values", yscale="log")
-    for axis in axes:
-        axis.set(xlabel="layer")
+    for axis, label in zip(axes, ("share", "share", "norm; lowest: of all queries", "ratio; lowest: of all queries")):
+        axis.set(xlabel="layer", ylabel=label)
         legend_above(axis)
     save(figure, folder / "attention.png")
     print_table("Needles: shares of the last token's attention, mean over layers and heads", needle_rows(probes))
@@ -236,7 +231,7 @@ def needle_rows(probes):
     for attn, seeds in probes.items():
         for kind in seeds[0]["needle"]:
             parts = [probe["needle"][kind] for probe in seeds]
-            row = {"attn": attn, "weights": kind_name(attn, kind)}
+            row = {"attn": NAMES[attn], "weights": kind_name(attn, kind)}
             for part in ("answer", "others", "first_token", "rest"):
                 row[part.replace("_", " ")] = mean_std([np.mean(shares[part]) for shares in parts], 4)
             row["answer, best head"] = mean_std([shares["best_head"]["answer"] for shares in parts])
@@ -257,7 +252,7 @@ def sink_rows(probes):
         for kind in seeds[0]["sink"]:
             layers = np.array([probe["sink"][kind] for probe in seeds])
             by_layer = layers.mean(0)
-            row = {"attn": attn, "weights": kind_name(attn, kind), "mean": mean_std(layers.mean(1), 5)}
+            row = {"attn": NAMES[attn], "weights": kind_name(attn, kind), "mean": mean_std(layers.mean(1), 5)}
             rows.append(row | {"highest": f"{by_layer.max():.4f}", "in layer": by_layer.argmax()})
     return rows
 
@@ -266,7 +261,7 @@ def norm_rows(probes):
     rows = []
     for attn, seeds in probes.items():
         norms = [probe["context_rms"] for probe in seeds]
-        row = {"attn": attn, "least of a softmax": f"{norms[0]['bound']:.4f}"}
+        row = {"attn": NAMES[attn], "least of a softmax": f"{norms[0]['bound']:.4f}"}
         for kind, text in (
             ("first", "first map alone"),
             ("weights", "what counts"),
@@ -401,15 +396,16 @@ def main():
     arguments, runs = parse_runs(parser)
     if arguments.smoke:
         train_missing(runs, arguments)
+    elif not Path(arguments.logs).is_dir():
+        raise UserError(f"{arguments.logs} is no folder of logs")
     folder = Path(arguments.out if arguments.smoke else arguments.pictures)
     for group in arguments.only or FIGURES:
         planned = {name: plan for name, plan in runs.items() if name.startswith(f"{group}/")}
         done = {name: plan for name, plan in planned.items() if log_path(arguments.logs, name).exists()}
         missing = len(planned) - len(done)
         if missing:
-            print(
-                f"\n{group}: {missing} of {len(planned)} runs have no log; python -m bench.runs '{group}/*' trains them"
-            )
+            command = f"python -m bench.runs --logs {arguments.logs} '{group}/*'"
+            print(f"\n{group}: {missing} of {len(planned)} runs have no log; {command} trains them")
         if not missing or (done and group in evidence.FIGURES):
             for draw in FIGURES[group]:
                 draw(arguments.logs, done, folder)

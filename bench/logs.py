@@ -17,10 +17,12 @@ plt.switch_backend("Agg")
 
 COLORS = {
     "vanilla": "tab:gray", "v1": "tab:orange", "v2": "tab:blue", "vanilla-bare": "black", "v1-bare": "tab:red",
-    "v1-wide": "tab:brown", "v2-equal": "tab:cyan",
+    "v1-wide": "tab:brown", "v2-low-rate": "tab:cyan",
 }  # fmt: skip
-NAMES = {"vanilla": "plain", "v1": "V1", "v1-wide": "V1, 3 pairs of 128", "v2": "V2"}
-NAMES["v2-equal"] = "V2, plain's learning rate"
+NAMES = {
+    "vanilla": "plain", "v1": "V1", "v1-wide": "V1, 3 pairs of 128", "v2": "V2",
+    "v2-low-rate": "V2, plain's learning rate",
+}  # fmt: skip
 SPIKE, MEMORY = 10, 100  # a spike is a gradient norm above SPIKE times the median of the MEMORY steps before
 
 
@@ -123,6 +125,11 @@ def stability_row(log, settings):
 
 # ---------------------------------------------------------------------------------------------------
 # Tables and pictures
+
+
+def rate_text(rate):
+    """A learning rate as the settings are written: 0.0006 -> 6e-4."""
+    return np.format_float_scientific(rate, trim="-", exp_digits=1)
 
 
 def mean_std(values, digits=3):

@@ -4,6 +4,8 @@ A text ends with the question for one of the numbers hidden in it, as in bench.p
 drawn anew for every text, and the model is tested on cities that it was never asked for. bench.runs starts the runs.
 """
 
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -121,17 +123,17 @@ class Retrieval(train.Pretraining):
         return dict(attn=attn, length=length, needles=count, accuracy=accuracy, needle=needle, recall=recall)
 
     def recall_maps(self, layer, head, answer):
-        """Read the maps of a head in a short text, three facts and the question for the second -> a dict for JSON.
+        """Read the maps of a head in a few facts and the question for the second -> a dict for JSON.
 
         `answer` is the share that the answer got from the head in longer texts, on average. The span is the first and
         the end position of the answer in the short one.
         """
-        encode = self.encoding.encode_ordinary
-        questions = [encode(QUESTION.format(city)) for city in HELD_OUT[:3]]
-        numbers = draw_numbers(np.random.default_rng(1), encode, 3, self.size[1])
+        encode, (count, digits) = self.encoding.encode_ordinary, self.size
+        questions = [encode(QUESTION.format(city)) for city in HELD_OUT[: min(3, count)]]
+        numbers = draw_numbers(np.random.default_rng(1), encode, len(questions), digits)
         needles = [question + number + encode(".") for question, number in zip(questions, numbers)]
         start = len(needles[0]) + len(questions[1])
-        ids = [*needles[0], *needles[1], *needles[2], *questions[1]]
+        ids = [*itertools.chain(*needles), *questions[1]]
         maps = list(layer_maps(self.model, torch.tensor([ids], device=self.device), slice(None)))[layer][0]
         tokens = [self.encoding.decode([token]) for token in ids]
         span = [start, start + len(numbers[1])]

@@ -4,12 +4,12 @@ python -m bench.runs                          # all whose log is not in docs/run
 python -m bench.runs 'curves/*-1' 'rates/*'   # some, by name or pattern
 python -m bench.runs --list                   # their names
 
-An interrupted run goes on from its last checkpoint in out/runs, if it has one: those of a few minutes on data/large
-save none. Several processes share the runs among them, on one GPU or each on its own (CUDA_VISIBLE_DEVICES). --corpus
-names a data set of your own for the longer runs; docs/results.md says what it was. The tuning runs start from the
-models of other runs, which have to be finished. The smollm2 runs start from SmolLM2-135M-Instruct in out/smollm2 and
-out/smollm2-v2, which convert.py writes; their data sets end in -smollm2. The runs fair, large, stable, design and
-retrieval read data/large.
+An interrupted run goes on from its last checkpoint in out/runs. The runs of sweep, large and stable take a few minutes,
+save none and begin anew. Several processes share the runs among them, on one GPU or each on its own
+(CUDA_VISIBLE_DEVICES). The tuning runs start from the models of other runs, which have to be finished. The smollm2 runs
+start from SmolLM2-135M-Instruct in out/smollm2 and out/smollm2-v2, which convert.py writes; their data sets end in
+-smollm2. The runs of sweep, large, stable, design and retrieval read data/large, whose corpus docs/results.md
+describes. --corpus names the data set of corpus, rates and, with -smollm2 at its end, smollm2.
 """
 
 import contextlib
@@ -58,13 +58,13 @@ SENTENCE = "The dog that chased the cat up the tree sat down under the tree, and
 COLUMNS = ("step", "loss", "grad_norm", "accuracy", "margin", "val_loss", "val_accuracy", "val_margin")  # of a kept log
 KINDS = ("vanilla", "v1", "v2")  # a fork's own attention has no place in the report's figures
 LEARNING_RATES = (6e-4, 2e-3, 6e-3)
-FAIR_RATES = (6e-4, 1.2e-3, 2.4e-3)
-# Of FAIR_RATES the one with the lowest held-out loss after 500 steps
+SWEEP_RATES = (6e-4, 1.2e-3, 2.4e-3)
+# Of SWEEP_RATES the one with the lowest held-out loss after 500 steps
 BEST_RATE = {"vanilla": 1.2e-3, "v1": 1.2e-3, "v2": 2.4e-3}
 SMOLLM2 = {"vanilla": "out/smollm2/best.pt", "v2": "out/smollm2-v2/best.pt"}
 SMOKE = (  # runs of a smoke test: of each group one seed, or less, and what others start from
     "curves/*-1", "corpus/*-1", "corpus/v2-2", "rates/*", "tuning/*", "smollm2/*",
-    "fair/v2-0.0006", "large/*-4", "large/v2-1", "stable/v2-1", "design/v2-1", "design/norm-1", "retrieval/v2-1-*",
+    "sweep/v2-0.0006", "large/*-4", "large/v2-1", "stable/v2-1", "design/v2-1", "design/norm-1", "retrieval/v2-1-*",
 )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ LONG = dict(batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=25
 CONTINUED = dict(batch_size=16, micro_batch_size=16, max_steps=1000, eval_interval=50, save_interval=500)
 CONTINUED |= dict(warmup_steps=100)
 # The runs on data/large. Validations are so frequent that the loss can be interpolated between them.
-EPOCH = LONG | dict(dataset="large", eval_interval=50, save_interval=1500)  # its tokens once, drawn at random
+EPOCH = LONG | dict(dataset="large", eval_interval=50, save_interval=1500)  # as many tokens as it has, drawn at random
 THIRD = EPOCH | dict(max_steps=500, eval_interval=100)
 SMALL = dict(n_layer=8, n_embd=384, n_head=6, n_kv_head=3, head_dim=64, n_inner=896, tie_embeddings=True)  # 32.3M
 SMALL |= dict(dataset="large", block_size=512, batch_size=32, micro_batch_size=32, eval_interval=100, eval_windows=256)
@@ -168,8 +168,8 @@ def planned_runs(corpus, out):
     tuned |= dict(init_from=f"{out}/smollm2/sft/best.pt", dataset="orca_dpo_pairs-smollm2", max_steps=100)
     runs["smollm2/dpo"] = PlannedRun(dpo.DPO, dpo.Settings(**tuned), after="smollm2/sft", keep="best", full_log=True)
 
-    for attn, rate in itertools.product(KINDS, FAIR_RATES):
-        runs[f"fair/{attn}-{rate:g}"] = pretraining(attn, full_log=True, learning_rate=rate, **THIRD)
+    for attn, rate in itertools.product(KINDS, SWEEP_RATES):
+        runs[f"sweep/{attn}-{rate:g}"] = pretraining(attn, full_log=True, learning_rate=rate, **THIRD)
     for seed, attn in itertools.product((1, 2, 3, 4, 5), KINDS):
         kept = dict(probe_texts=64, full_log=True)
         kept |= dict(keep="last" if seed <= 3 else "")  # retrieval starts from three seeds
@@ -179,11 +179,12 @@ def planned_runs(corpus, out):
         runs[f"large/v1-wide-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
         # At plain's learning rate, which is V1's, too
         settings = replace(runs[f"large/v2-{seed}"].settings, learning_rate=BEST_RATE["vanilla"])
-        runs[f"large/v2-equal-{seed}"] = replace(runs[f"large/v2-{seed}"], settings=settings)
+        runs[f"large/v2-low-rate-{seed}"] = replace(runs[f"large/v2-{seed}"], settings=settings)
         settings = replace(runs[f"large/v2-{seed}"].settings, n_kv_layers=6, n_inner=1920)  # at equal parameters
-        runs[f"large/v2-half-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
+        runs[f"large/v2-shared-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
     for seed, attn in itertools.product((1, 2, 3), KINDS):
-        runs[f"stable/{attn}-{seed}"] = pretraining(attn, full_log=True, seed=seed, learning_rate=2e-3, **THIRD)
+        kept = dict(probe_texts=64, full_log=True)
+        runs[f"stable/{attn}-{seed}"] = pretraining(attn, **kept, seed=seed, learning_rate=2e-3, **THIRD)
     for seed, attn in itertools.product((1, 2, 3), ("v2", "vanilla", *DESIGNS)):
         shape = SMALL | dict(n_inner=1024) if attn == "vanilla" else SMALL  # 32.3M, too
         settings = train.Settings(preset="ldiff", attn=attn, seed=seed, **shape)

@@ -1,12 +1,14 @@
 """bench/evidence.py: its intervals, and its tables and pictures of logs made by hand."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
-from bench import evidence, figures, runs
+from bench import evidence, figures, logs, runs
 from bench.evidence import t_interval, wilson, with_interval
+from engine.settings import UserError
 
 LAYERS = 3
 
@@ -49,7 +51,7 @@ def write_log(folder, name, losses, speed, accuracies=None):
 def kept(tmp_path_factory):
     """Logs of all runs on data/large.
 
-    At all steps V2 - plain is -0.01 * seed, V1 - plain 0.02, v2-half - V2 0.04 and v2-equal - V2 0.06.
+    At all steps V2 - plain is -0.01 * seed, V1 - plain 0.02, v2-shared - V2 0.04 and v2-low-rate - V2 0.06.
     """
     folder = tmp_path_factory.mktemp("logs")
     planned = {n: p for n, p in runs.planned_runs("docs", "out").items() if n.split("/")[0] in evidence.FIGURES}
@@ -57,7 +59,7 @@ def kept(tmp_path_factory):
     for name, plan in planned.items():
         attn, seed = plan.settings.attn, plan.settings.seed
         change = {"v1": 0.02, "v2": -0.01 * seed, "norm": -0.01 * seed + 0.03}.get(attn, 0)
-        change += dict(half=0.04, equal=0.06).get(name.split("-")[1], 0)
+        change += dict(shared=0.04, low=0.06).get(name.split("-")[1], 0)
         write_log(folder, name, falling + seed + change, 500 if attn == "v2" else 1000, np.arange(31) / 30)
         kinds = ["weights"] if attn == "vanilla" else ["weights", "first", "second"]
         share = dict(answer=[0.1, 0.3], others=[0.1] * 2, first_token=[0.1] * 2, rest=[0.7, 0.5])
@@ -140,8 +142,8 @@ def test_retrieval(kept, tmp_path, capsys):
 
 
 def test_outliers(kept, tmp_path, capsys):
-    evidence.outliers(*kept, tmp_path)
-    rows = table(capsys.readouterr().out, "Outliers")
+    evidence.outliers("large", *kept, tmp_path)
+    rows = table(capsys.readouterr().out, "Outliers by layer in the runs `large`")
     names = ["plain", "V1", "V2", "V2, plain's learning rate"]
     assert len(rows) == 12 and [tuple(row[1:3]) for row in rows[:4]] == [*zip(names, "5552")]
     assert all(
@@ -150,29 +152,33 @@ def test_outliers(kept, tmp_path, capsys):
 
 
 def test_rates(kept, tmp_path, capsys):
-    for group, runs_in_it in (("fair", 9), ("stable", 9)):
-        for draw in evidence.FIGURES[group]:
-            draw(*kept, tmp_path)
-        assert len(table(capsys.readouterr().out, "")) == runs_in_it
+    for group, title in (("sweep", "Learning rates, 500 steps"), ("stable", "Stability at 2e-3")):
+        evidence.FIGURES[group][0](*kept, tmp_path)
+        rows = table(capsys.readouterr().out, title)
+        assert len(rows) == 9 and {row[1] for row in rows} == {"plain", "V1", "V2"}
+        assert {row[0] for row in rows} == ({"2e-3"} if group == "stable" else {"6e-4", "1.2e-3", "2.4e-3"})
 
 
 def test_maps_of_the_head_that_finds_the_answer(kept, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
-    evidence.maps(*kept, tmp_path)
+    evidence.recall_maps(*kept, tmp_path)
     titles = [axis.get_title() for axis in figures[0].axes if axis.get_images()]
     plain, *v1 = titles[:4]
     assert len(titles) == 7 and plain == "plain, layer 1, head 4: its only map"  # seed 1
-    kinds = ("first map", "second map", "first - 0.25 second (of the last token)")
+    kinds = ("A1", "A2", "A1 - 0.25 A2 (lambda of the last query)")
     assert v1 == [f"V1, layer 1, head 4: {kind}" for kind in kinds]
 
 
-def test_pictures_are_light(kept, tmp_path):
-    for draw in (evidence.large, evidence.outliers, evidence.retrieval, evidence.maps):
+def test_pictures_are_light_and_none_replaces_another(kept, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evidence, "save", lambda figure, path: (drawn.append(path.name), logs.save(figure, path)))
+    for draw in itertools.chain(*evidence.FIGURES.values()):
         draw(*kept, tmp_path)
-    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert sizes.keys() == {"large.png", "outliers.png", "retrieval.png", "maps.png"}
-    assert all(5_000 < size < 150_000 for size in sizes.values())
+    names = ["large", "outliers-large", "outliers-stable", "retrieval", "recall"]
+    assert drawn == [f"{name}.png" for name in names]
+    assert all(5_000 < (tmp_path / name).stat().st_size < 60_000 for name in drawn)
+    assert not {*drawn} & {"curves.png", "stability.png", "lambdas.png", "attention.png", "maps.png", "tuning.png"}
 
 
 def test_runs_without_logs_are_not_trained_but_said_to_be_missing(kept, monkeypatch, tmp_path, capsys):
@@ -190,21 +196,35 @@ def test_runs_without_logs_are_not_trained_but_said_to_be_missing(kept, monkeypa
     figures.main()
     text = capsys.readouterr().out
     assert drawn == dict(rates=done[2:], large=done[:1]) and not trained
-    assert "large: 20 of 21 runs have no log; python -m bench.runs 'large/*' trains them" in text
+    assert f"large: 20 of 21 runs have no log; python -m bench.runs --logs {tmp_path} 'large/*' trains them" in text
     assert "curves: 14 of 15 runs" in text and "rates:" not in text
     drawn.clear()
     monkeypatch.setattr("sys.argv", ["figures", "--logs", str(tmp_path), "--only", "large", "design"])
     figures.main()
     assert drawn == dict(large=done[:1]) and "design: 21 of 21" in capsys.readouterr().out
+    drawn.clear()
     monkeypatch.setattr("sys.argv", ["figures", "--smoke", "--out", str(tmp_path)])
+    monkeypatch.setattr(figures, "train_missing", lambda runs, arguments: [make_log(arguments, name) for name in runs])
     figures.main()
-    assert len(trained) == 1 and trained[0] > 30
+    assert [*drawn] == [*fakes]
+    monkeypatch.setattr("sys.argv", ["figures", "--logs", f"{tmp_path}/none"])
+    with pytest.raises(UserError, match="none is no folder of logs"):
+        figures.main()
+
+
+def make_log(arguments, name):
+    path = runs.log_path(arguments.logs, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
 
 
 def test_tables_of_a_few_runs(kept, tmp_path, capsys):
-    """Of V1 there is no run, and of V2 none with plain's seed."""
+    """Of V1 there is no run, and of V2 none with plain's seed; then of plain, either."""
     folder, planned = kept
-    names = ("large/vanilla-1", "large/v2-2", "design/norm-1", "fair/v1-0.0012", "retrieval/v1-1-2048")
+    evidence.large(folder, {"large/v2-2": planned["large/v2-2"]}, tmp_path)
+    assert not (tmp_path / "large.png").exists()
+    assert [row[:2] for row in table(capsys.readouterr().out, "Held-out loss at the end")] == [["V2", "1"]]
+    names = ("large/vanilla-1", "large/v2-2", "design/norm-1", "sweep/v1-0.0012", "retrieval/v1-1-2048")
     for group, draws in evidence.FIGURES.items():
         few = {name: planned[name] for name in names if name.startswith(f"{group}/")}
         for draw in draws if few else ():

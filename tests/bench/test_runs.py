@@ -83,25 +83,25 @@ def test_the_runs_on_the_large_corpus():
     planned = runs.planned_runs("docs", "out/runs")
     groups = {group: {n: p for n, p in planned.items() if n.startswith(f"{group}/")} for group in evidence.FIGURES}
     counts = {group: len(plans) for group, plans in groups.items()}
-    assert counts == dict(fair=3 * 3, large=3 * 5 + 6, stable=3 * 3, design=7 * 3, retrieval=3 * 3 * 2)
+    assert counts == dict(sweep=3 * 3, large=3 * 5 + 6, stable=3 * 3, design=7 * 3, retrieval=3 * 3 * 2)
     for name, plan in itertools.chain(*(plans.items() for plans in groups.values())):
         s = plan.settings
-        group, kind, seed = re.fullmatch(r"(\w+)/(\w+)(?:-wide|-half|-equal)?-([\d.]+)(?:-\d+)?", name).groups()
+        group, kind, seed = re.fullmatch(r"(\w+)/(\w+)(?:-wide|-shared|-low-rate)?-([\d.]+)(?:-\d+)?", name).groups()
         assert (s.attn, s.dataset, plan.full_log) == (kind, "large", True)
-        assert group == "fair" or s.seed == int(seed)
-        if group in ("fair", "large", "stable"):
+        assert group == "sweep" or s.seed == int(seed)
+        if group in ("sweep", "large", "stable"):
             assert (s.batch_size * s.block_size, s.max_steps) == (65536, 1500 if group == "large" else 500)
     for name, plan in groups["large"].items():
         assert all(step % plan.settings.eval_interval == 0 for step in evidence.STEPS)
-        assert plan.settings.learning_rate == runs.BEST_RATE["vanilla" if "equal" in name else plan.settings.attn]
-        assert plan.probe_texts == (0 if "wide" in name or "half" in name else 64)
+        assert plan.settings.learning_rate == runs.BEST_RATE["vanilla" if "low-rate" in name else plan.settings.attn]
+        assert plan.probe_texts == (0 if "wide" in name or "shared" in name else 64)
     wide, usual = (planned[f"large/{kind}-4"].settings for kind in ("v1-wide", "v1"))
     assert (wide.n_head, wide.head_dim) == (6, 128) and replace(wide, n_head=12, head_dim=64) == usual
-    equal, usual = (planned[f"large/{kind}-4"].settings for kind in ("v2-equal", "v2"))
+    equal, usual = (planned[f"large/{kind}-4"].settings for kind in ("v2-low-rate", "v2"))
     assert replace(equal, learning_rate=usual.learning_rate) == usual
-    half, usual = (planned[f"large/{kind}-4"].settings for kind in ("v2-half", "v2"))
+    half, usual = (planned[f"large/{kind}-4"].settings for kind in ("v2-shared", "v2"))
     assert half.n_kv_layers == 6 and replace(half, n_kv_layers=0, n_inner=half.n_inner - 256) == usual
-    assert {plan.settings.learning_rate for plan in groups["fair"].values()} == {6e-4, 1.2e-3, 2.4e-3}
+    assert {plan.settings.learning_rate for plan in groups["sweep"].values()} == {6e-4, 1.2e-3, 2.4e-3}
     assert {plan.settings.learning_rate for plan in groups["stable"].values()} == {2e-3}
     for name, plan in groups["retrieval"].items():
         start, s = planned[plan.after], plan.settings
@@ -510,8 +510,8 @@ def test_pictures_and_tables_of_all_runs(tmp_path, capsys):
     for draw in without_probes:
         draw(tmp_path, planned, tmp_path)
     text = capsys.readouterr().out
-    assert "| v1 | 3 | 0.500 ± 0.000 | 1.65 ± 0.00 | 0.000 ± 0.000 |" in text
-    assert "| 0.002 | v2 | 0 | 0 | 0.50 | 0.50 | 0.500 | 0.500 | no |" in text
+    assert "| V1 | 3 | 0.500 ± 0.000 | 1.65 ± 0.00 | +0.000 ± 0.000 |" in text
+    assert "| 2e-3 | V2 | 0 | 0 | 0.50 | 0.50 | 0.500 | 0.500 | no |" in text
     assert "| V2 with noise, 6e-4 | 0.250 (0.200 to 0.300) | 0.250 (0.200 to 0.300) | 0.150 (0.100 to 0.200) |" in text
     assert "| DPO | 4 | 0.5000 | 0.5000 | 0.5000 | 0.500 | 0.500 |" in text
     for name in ("curves", "tuning", "stability", "lambdas", "smollm2"):
