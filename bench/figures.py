@@ -80,16 +80,17 @@ def curves(logs, runs, folder):
 
 
 def early_rows(kinds):
-    """The mean loss of the first steps, and its distance from both baselines."""
+    """The mean training loss of the first steps, and its distance from both baselines with a 95 % interval."""
     rows = []
     for kind in kinds:
         row = {"run": REPORT_ROWS[kind]}
         for steps in EARLY:
             early = {other: [np.nanmean(log["loss"][:steps]) for log in seeds] for other, seeds in kinds.items()}
-            row[f"loss, steps 1 to {steps}"] = mean_std(early[kind])
+            row[f"training loss, steps 1 to {steps}"] = mean_std(early[kind])
             for baseline, letter in (("vanilla-bare", "a"), ("vanilla", "d")):
-                change = np.mean(early[kind]) / np.mean(early[baseline]) - 1
-                row[f"to {steps}, against ({letter})"] = f"{change:+.1%}"
+                changes = [100 * (loss / other - 1) for loss, other in zip(early[kind], early[baseline])]
+                text = f"{evidence.with_interval(changes, 1, '+')} %" if kind != baseline else ""
+                row[f"to {steps}, against ({letter})"] = text
         rows.append(row)
     return rows
 

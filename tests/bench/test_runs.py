@@ -389,11 +389,13 @@ def log_of(loss, grad_norm=None, val_loss=None):
 
 def test_early_loss_and_its_distance_from_the_baselines():
     first, later = np.full(200, 4.0), np.full(800, 2.0)
-    kinds = {kind: [log_of(np.concatenate((first, later)))] for kind in figures.REPORT_ROWS}
+    kinds = {kind: [log_of(np.concatenate((first, later)))] * 2 for kind in figures.REPORT_ROWS}
     kinds["v2"] = [log_of(np.concatenate((first * 0.5, later))), log_of(np.concatenate((first * 0.7, later)))]
     kinds["v2"][0]["loss"][7] = np.nan  # a step that was skipped
     row = figures.early_rows(kinds)[list(figures.REPORT_ROWS).index("v2")]
-    assert row["loss, steps 1 to 200"] == "2.400 ± 0.566" and row["to 200, against (a)"] == "-40.0%"
+    assert row["training loss, steps 1 to 200"] == "2.400 ± 0.566"
+    # -50 % and -30 %: a standard deviation of 14.14, and Student's 12.706 for one degree of freedom
+    assert row["to 200, against (a)"] == f"-40.0 ± {12.706 * 14.1421 / 2**0.5:.1f} %"
     assert row["to 1000, against (d)"].startswith("-13.")
 
 
