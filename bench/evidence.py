@@ -143,6 +143,16 @@ def compare(compared, steps):
     return {"steps": by_seed[:, 0], "time": by_seed[:, 1]}
 
 
+def sweep(logs, runs, folder):
+    rows = {}
+    for name, plan in runs.items():
+        if name.startswith("sweep/"):
+            rate = rate_text(plan.settings.learning_rate)
+            row = rows.setdefault(rate, {"peak learning rate": rate} | {NAMES[attn]: "" for attn in KINDS})
+            row[NAMES[plan.settings.attn]] = f"{read_log(logs, name)['val_loss'][-1]:.3f}"
+    print_table("Learning rates: held-out loss after 500 steps of 65,536 tokens", [*rows.values()])
+
+
 def rates(group, title, logs, runs, folder):
     names = [name for name in runs if name.startswith(f"{group}/")]
     rows = []
@@ -325,7 +335,7 @@ def share_rows(found):
 
 
 FIGURES = {  # by group of runs
-    "sweep": (functools.partial(rates, "sweep", "Learning rates, 500 steps of 65,536 tokens"),),
+    "sweep": (sweep, functools.partial(rates, "sweep", "Stability of the same runs")),
     "large": (large, shared_keys, functools.partial(outliers, "large")),
     "stable": (
         functools.partial(rates, "stable", "Stability at 2e-3, 500 steps of 65,536 tokens"),

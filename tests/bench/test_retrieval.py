@@ -160,8 +160,11 @@ def test_maps_of_the_head_that_looks_at_the_answer_most(settings, attn):
     assert "".join(recall["tokens"][slice(*recall["span"])]) == f" {facts[asked]}"
     ids = torch.tensor([task.encoding.encode_ordinary(text)])
     with torch.no_grad():
-        maps = list(layer_maps(task.model, ids, slice(None)))[best["layer"]][0]
+        layers = [maps for maps, _ in layer_maps(task.model, ids, slice(None))]
+        other = task.recall_maps(1 - best["layer"], 1 - best["head"], 0.5)  # of two layers with two heads
     kinds = dict(first="weights") if attn == "vanilla" else dict(first="first", second="second", difference="weights")
     for kind, name in kinds.items():
-        assert torch.tensor(recall[kind]) == pytest.approx(maps[name][0, best["head"]].numpy(), abs=6e-5)
+        for found in (recall, other):
+            expected = layers[found["layer"]][name][0, found["head"]].numpy()
+            assert torch.tensor(found[kind]) == pytest.approx(expected, abs=6e-5)
     assert ("factor" in recall, "difference" in recall) == (attn == "v2",) * 2
