@@ -98,8 +98,8 @@ def early_rows(kinds):
 def tuning(logs, runs, folder):
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6))
     sft, dpo = read_log(logs, "tuning/sft"), read_log(logs, "tuning/dpo")
-    panels = ((sft, "loss", "SFT", "loss, nats a token"), (dpo, "loss", "DPO", "loss, nats a pair"))
-    panels += ((dpo, "accuracy", "DPO", "accuracy, share of pairs"), (dpo, "margin", "DPO", "margin of rewards, nats"))
+    panels = ((sft, "loss", "SFT: loss", "nats a token"), (dpo, "loss", "DPO: loss", "nats a pair"))
+    panels += ((dpo, "accuracy", "DPO: accuracy", "share of pairs"), (dpo, "margin", "DPO: margin of rewards", "nats"))
     for axis, (log, column, title, label) in zip(axes, panels):
         line, held_out = smooth(log[column]), log[f"val_{column}"]
         axis.plot(log["step"][-len(line) :], line, color="tab:blue", linewidth=1, label="training, mean over 20 steps")
@@ -164,7 +164,7 @@ def stability(logs, runs, folder):
     for axis in axes[-1]:
         axis.set(xlabel="step")
     for axis in axes[:, 0]:
-        axis.set(ylabel="gradient norm, unclipped")
+        axis.set(ylabel="norm, before clipping")
     axes[0, 0].legend(fontsize=8)
     save(figure, folder / "stability.png")
     print_table(f"Stability: a spike is above {SPIKE} times the median of the {MEMORY} steps before", rows)
@@ -221,6 +221,7 @@ def inside(logs, runs, folder):
     for axis, label in zip(axes, ("share", "share", "norm; lowest: of all queries", "ratio; lowest: of all queries")):
         axis.set(xlabel="layer", ylabel=label)
         legend_above(axis)
+    figure.supxlabel("means over seeds; of V1 and V2, the difference A1 - lambda A2", fontsize=9)
     save(figure, folder / "attention.png")
     print_table("Needles: shares of the last token's attention, mean over layers and heads", needle_rows(probes))
     print_table("Attention sink: the first token's share in the second half of a text", sink_rows(probes))
@@ -265,7 +266,7 @@ def norm_rows(probes):
         row = {"attn": NAMES[attn], "least of a softmax": f"{norms[0]['bound']:.4f}"}
         for kind, text in (
             ("first", "first map alone"),
-            ("weights", "what counts"),
+            ("weights", "weights"),
             ("output", "output RMS / values'"),
         ):
             if kind in norms[0]:

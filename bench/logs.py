@@ -36,7 +36,7 @@ def read_log(logs, name):
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or "lambdas" not in rows[0]:
-        raise UserError(f"{path} is no log of bench.runs; without it, the run is made again")
+        raise UserError(f"{path} is no log of bench.runs; remove it, and bench.runs trains the run again")
     log = {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0] if key != "lambdas"}
     layers = max(len(row["lambdas"].split()) for row in rows)
     empty = [float("nan")] * layers
@@ -100,11 +100,11 @@ def spikes(norms):
 
 
 def norm_row(name, seeds):
-    """The spikes, and the highest norm after step 200, where the warmup ends."""
+    """The spikes, and the highest norm after step 200, where the warmup of most runs ends."""
     norms = [gradient_norms(log) for log in seeds]
     count = ", ".join(str(len(spikes(values))) for values in norms)
     highest = ", ".join(f"{np.nanmax(values[200:], initial=0):.1f}" for values in norms)
-    return {"run": name, "spikes": count, "highest after the warmup": highest}
+    return {"run": name, "spikes": count, "highest after step 200": highest}
 
 
 def stability_row(log, settings):

@@ -403,7 +403,7 @@ def test_gradient_norms_seed_by_seed():
     calm, wild = np.ones(300), np.ones(300)
     wild[[50, 250]] = 50.0, 20.0
     row = figures.norm_row("run", [log_of(calm), log_of(np.ones(300), wild)])
-    assert row == {"run": "run", "spikes": "0, 2", "highest after the warmup": "1.0, 20.0"}
+    assert row == {"run": "run", "spikes": "0, 2", "highest after step 200": "1.0, 20.0"}
     full = dict(step=np.arange(301), grad_norm=np.array([np.nan, *wild]))
     assert figures.norm_row("run", [full])["spikes"] == "2"
 
@@ -503,7 +503,9 @@ def test_pictures_and_tables_of_all_runs(tmp_path, capsys):
         columns = [c for c in runs.COLUMNS if name.endswith("/dpo") or "accuracy" not in c and "margin" not in c]
         columns += ["tokens_per_s"] * planned[name].full_log
         lines = [",".join([*columns, "lambdas"])]
-        lines += [",".join([str(step), *["0.5"] * (len(columns) - 1), "0.2 0.3"]) for step in range(1, 5)]
+        for step in range(1, 5):  # the held-out loss falls to 0.5
+            values = [f"{0.5 + 0.1 * (4 - step)}" if column == "val_loss" else "0.5" for column in columns[1:]]
+            lines.append(",".join([str(step), *values, "0.2 0.3"]))
         path = runs.log_path(tmp_path, name)
         path.write_text("\n".join(lines) + "\n")
         if name.startswith("smollm2/v2"):
@@ -512,10 +514,11 @@ def test_pictures_and_tables_of_all_runs(tmp_path, capsys):
     for draw in without_probes:
         draw(tmp_path, planned, tmp_path)
     text = capsys.readouterr().out
-    assert "| V1 | 3 | 0.500 ± 0.000 | 1.65 ± 0.00 | +0.000 ± 0.000 |" in text
+    for seeds in (3, 2):  # of curves, at the lowest, and of corpus, at the end
+        assert f"| V1 | {seeds} | 0.500 ± 0.000 | 1.65 ± 0.00 | +0.000 ± 0.000 |" in text
     assert "| 2e-3 | V2 | 0 | 0 | 0.50 | 0.50 | 0.500 | 0.500 | no |" in text
     assert "| V2 with noise, 6e-4 | 0.250 (0.200 to 0.300) | 0.250 (0.200 to 0.300) | 0.150 (0.100 to 0.200) |" in text
-    assert "| DPO | 4 | 0.5000 | 0.5000 | 0.5000 | 0.500 | 0.500 |" in text
+    assert "| DPO | 4 | 0.8000 | 0.5000 | 0.5000 | 0.500 | 0.500 |" in text
     for name in ("curves", "tuning", "stability", "lambdas", "smollm2"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
