@@ -12,7 +12,9 @@ import numpy as np
 from bench.logs import (
     COLORS,
     NAMES,
+    draw_map,
     gaps,
+    held_out_at,
     mean_std,
     norm_row,
     plt,
@@ -108,8 +110,9 @@ def large(logs, runs, folder):
 def draw_gaps(drawn, runs, folder):
     """Draw the gaps of {kind: [(log, plain's log)]} at equal steps and at equal time."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    plain, warmup = next(iter(drawn.values()))[0][1], next(iter(runs.values())).settings.warmup_steps
+    _, plain = next(iter(drawn.values()))[0]
     steps = plain["step"][~np.isnan(plain["val_loss"])]
+    warmup = next(iter(runs.values())).settings.warmup_steps  # that of all runs
     steps = steps[steps >= warmup]  # before, the loss falls too steeply to interpolate
     for kind, compared in drawn.items():
         for axis, by_seed in zip(axes, compare(compared, steps).values()):
@@ -128,18 +131,24 @@ def draw_gaps(drawn, runs, folder):
 
 
 def shared_keys(logs, runs, folder):
-    """V2 whose upper six layers share keys and values (n_kv_layers), against V2."""
+    """V2 whose upper six layers share keys and values (n_kv_layers), against V2, in the mean of the seeds of both."""
     compared = pairs(logs, runs, "large", "v2-shared", "v2")
+    if not compared:
+        return
     rows = []
-    for what, differences in compare(compared, STEPS).items() if compared else ():
-        at_steps = {f"step {step}": with_interval(values, 3, "+") for step, values in zip(STEPS, differences.T)}
-        rows.append({"seeds": len(compared), "at equal": what} | at_steps)
-    print_table("V2 with shared keys and values: held-out loss minus V2's, nats, with a 95 % interval", rows)
+    for name, seeds in zip(("6 layers with keys", "12 layers with keys"), zip(*compared)):
+        losses = np.mean([held_out_at(log, STEPS) for log in seeds], axis=0)
+        rows.append({"V2": name} | {f"step {step}": f"{loss:.3f}" for step, loss in zip(STEPS, losses)})
+    for what, by_seed in compare(compared, STEPS).items():
+        row = {"V2": f"6 minus 12, at equal {what}"}
+        rows.append(row | {f"step {step}": with_interval(values, 3, "+") for step, values in zip(STEPS, by_seed.T)})
+    title = "V2 with shared keys and values: held-out loss, nats, and the difference with a 95 % interval"
+    print_table(f"{title}, {len(compared)} seeds", rows)
 
 
 def compare(compared, steps):
-    """The differences in held-out loss after some steps of plain -> {"steps": (seeds, steps), "time": ...}."""
-    by_seed = np.array([gaps(log, plain, steps) for log, plain in compared])
+    """The differences in held-out loss after some steps of the others -> {"steps": (seeds, steps), "time": ...}."""
+    by_seed = np.array([gaps(log, other, steps) for log, other in compared])
     return {"steps": by_seed[:, 0], "time": by_seed[:, 1]}
 
 
@@ -281,19 +290,14 @@ def recall_maps(logs, runs, folder):
     heads = {attn: seeds[0]["recall"] for (attn, length), seeds in found.items() if length == shortest}
     figure, axes = plt.subplots(len(heads), 3, figsize=(13, 3.9 * len(heads)), squeeze=False)
     for row, (attn, head) in zip(axes, heads.items()):
-        place, tokens = f"{NAMES[attn]}, layer {head['layer']}, head {head['head']}", head["tokens"]
+        place = f"{NAMES[attn]}, layer {head['layer']}, head {head['head']}"
         titles = {"first": "A1" if "second" in head else "its only map", "second": "A2"}
         titles["difference"] = f"A1 - {head.get('factor', 0):.2f} A2 (lambda of the last query)"
         for axis, (kind, title) in zip(row, titles.items()):
             if kind not in head:
                 axis.set_axis_off()
                 continue
-            image = axis.imshow(np.array(head[kind]), cmap="RdBu_r", vmin=-1, vmax=1)
-            figure.colorbar(image, ax=axis, label="attention weight", fraction=0.046, pad=0.02)
-            axis.set(xticks=range(len(tokens)), yticks=range(len(tokens)), xlabel="key", ylabel="query")
-            axis.set_xticklabels(tokens, rotation=90, fontsize=6)
-            axis.set_yticklabels(tokens, fontsize=6)
-            axis.set_title(f"{place}: {title}", fontsize=9)
+            draw_map(figure, axis, head[kind], head["tokens"], f"{place}: {title}", limit=1)
             for edge in head["span"]:
                 axis.axvline(edge - 0.5, color="tab:green", linewidth=0.8)
     figure.supxlabel("between the green lines: the answer to the question at the end", fontsize=9)

@@ -19,6 +19,7 @@ from bench.logs import (
     MEMORY,
     NAMES,
     SPIKE,
+    draw_map,
     gaps,
     held_out_at,
     legend_above,
@@ -289,14 +290,9 @@ def maps(logs, runs, folder):
     for row, (attn, head, tokens) in zip(axes, heads):
         kinds = ("first", "second", "difference")
         for axis, kind in zip(row, kinds):
-            values = np.array(head[kind])
-            image = axis.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
-            figure.colorbar(image, ax=axis, label="attention weight", fraction=0.046, pad=0.02)
-            axis.set(xticks=range(len(tokens)), yticks=range(len(tokens)), xlabel="key", ylabel="query")
-            axis.set_xticklabels(tokens, rotation=90, fontsize=6)
-            axis.set_yticklabels(tokens, fontsize=6)
             title = kind if kind != "difference" else f"first - {head['factor']:.2f} second (of the last token)"
-            axis.set_title(f"{NAMES[attn]}, layer {head['layer']}, head {head['head']}: {title}", fontsize=8)
+            title = f"{NAMES[attn]}, layer {head['layer']}, head {head['head']}: {title}"
+            draw_map(figure, axis, head[kind], tokens, title, limit=0.5)
     save(figure, folder / "maps.png")
 
 

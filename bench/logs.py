@@ -156,6 +156,16 @@ def legend_above(axis, **options):
     axis.legend(**options)
 
 
+def draw_map(figure, axis, weights, tokens, title, limit):
+    """Draw an attention map (queries, keys) of a text, with colors from -limit to limit."""
+    image = axis.imshow(np.array(weights), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    figure.colorbar(image, ax=axis, label="attention weight", fraction=0.046, pad=0.02)
+    axis.set(xticks=range(len(tokens)), yticks=range(len(tokens)), xlabel="key", ylabel="query")
+    axis.set_xticklabels(tokens, rotation=90, fontsize=6)
+    axis.set_yticklabels(tokens, fontsize=6)
+    axis.set_title(title, fontsize=8)
+
+
 def save(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()

@@ -130,9 +130,12 @@ def test_the_picture_of_gaps_begins_after_the_warmup(kept, tmp_path, monkeypatch
 def test_shared_keys_are_compared_with_v2(kept, tmp_path, capsys):
     evidence.shared_keys(*kept, tmp_path)
     rows = table(capsys.readouterr().out, "V2 with shared keys")
-    assert rows[0] == ["2", "steps", *["+0.040 ± 0.000"] * 4]
+    ends = [5 - 2 * step / 1500 + 4.5 for step in evidence.STEPS]  # plain's, in the mean of seeds 4 and 5
+    assert rows[0] == ["6 layers with keys", *(f"{end - 0.045 + 0.04:.3f}" for end in ends)]
+    assert rows[1] == ["12 layers with keys", *(f"{end - 0.045:.3f}" for end in ends)]
+    assert rows[2] == ["6 minus 12, at equal steps", *["+0.040 ± 0.000"] * 4]
     # At half of V2's speed, half of the steps are done, as in the test above.
-    assert rows[1] == ["2", "time", *(f"{0.04 + step / 1500:+.3f} ± 0.000" for step in evidence.STEPS)]
+    assert rows[3][1:] == [f"{0.04 + step / 1500:+.3f} ± 0.000" for step in evidence.STEPS]
 
 
 def test_one_seed_has_no_interval(kept, tmp_path, capsys):
@@ -214,7 +217,7 @@ def test_pictures_are_light(kept, tmp_path, monkeypatch):
     assert all(5_000 < (tmp_path / name).stat().st_size < 60_000 for name in drawn)
 
 
-def test_runs_without_logs_are_not_trained_but_said_to_be_missing(kept, monkeypatch, tmp_path, capsys):
+def test_runs_without_logs_are_not_trained_but_said_to_be_missing(monkeypatch, tmp_path, capsys):
     """A group of bench.evidence is drawn from the runs that there are, another one when it is complete."""
     drawn, trained = {}, []
     fakes = {

@@ -97,10 +97,9 @@ def test_the_runs_on_the_large_corpus():
         assert plan.probe_texts == (0 if "wide" in name or "shared" in name else 64)
     wide, usual = (planned[f"large/{kind}-4"].settings for kind in ("v1-wide", "v1"))
     assert (wide.n_head, wide.head_dim) == (6, 128) and replace(wide, n_head=12, head_dim=64) == usual
-    equal, usual = (planned[f"large/{kind}-4"].settings for kind in ("v2-low-rate", "v2"))
-    assert replace(equal, learning_rate=usual.learning_rate) == usual
-    half, usual = (planned[f"large/{kind}-4"].settings for kind in ("v2-shared", "v2"))
-    assert half.n_kv_layers == 6 and replace(half, n_kv_layers=0, n_inner=half.n_inner - 256) == usual
+    slow, shared, usual = (planned[f"large/{kind}-4"].settings for kind in ("v2-low-rate", "v2-shared", "v2"))
+    assert replace(slow, learning_rate=usual.learning_rate) == usual
+    assert shared.n_kv_layers == 6 and replace(shared, n_kv_layers=0, n_inner=shared.n_inner - 256) == usual
     assert {plan.settings.learning_rate for plan in groups["sweep"].values()} == {6e-4, 1.2e-3, 2.4e-3}
     assert {plan.settings.learning_rate for plan in groups["stable"].values()} == {2e-3}
     for name, plan in groups["retrieval"].items():
