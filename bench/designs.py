@@ -20,7 +20,7 @@ class Across(DiffAttnV2):
         return self.o_proj(y.flatten(2)), (k, v)
 
 
-class Plain(DiffAttnV2):
+class NoLambda(DiffAttnV2):
     """A1 V - A2 V, without lambda. Its projection is there, so that all draw the same initial weights, but unused."""
 
     factor = 1.0
@@ -29,13 +29,13 @@ class Plain(DiffAttnV2):
         return x.new_full((*x.shape[:2], self.lambda_proj.out_features), self.factor)
 
 
-class Half(Plain):
+class Half(NoLambda):
     """A1 V - A2 V / 2: V2's lambda is 1/2 as well where its projection is zero, and not far from it at the start."""
 
     factor = 0.5
 
 
-class Raw(DiffAttnV2):
+class NoSigmoid(DiffAttnV2):
     """Lambda without the sigmoid: it may leave 0 to 1, and begins near 0."""
 
     def lam(self, x, logits=None):
@@ -62,4 +62,4 @@ class Norm(DiffAttnV2):
         self.o_proj = NormedLinear(config.n_head * config.head_dim, config.n_embd, config.head_dim, config.norm_eps)
 
 
-DESIGNS = {"across": Across, "plain": Plain, "half": Half, "raw": Raw, "norm": Norm}
+DESIGNS = {"across": Across, "no-lambda": NoLambda, "half": Half, "no-sigmoid": NoSigmoid, "norm": Norm}

@@ -11,10 +11,14 @@ import numpy as np
 
 from bench.logs import (
     COLORS,
+    MEMORY,
     NAMES,
+    SPIKE,
+    draw_lambdas,
     draw_map,
     gaps,
     held_out_at,
+    legend_above,
     mean_std,
     norm_row,
     plt,
@@ -27,7 +31,7 @@ from bench.logs import (
     save,
     stability_row,
 )
-from bench.probes import PARTS
+from bench.retrieval import PARTS
 from bench.runs import KINDS
 
 STEPS = (250, 500, 1000, 1500)  # after which the tables compare losses
@@ -130,6 +134,20 @@ def draw_gaps(drawn, runs, folder):
     save(figure, folder / "large.png")
 
 
+def lambdas(logs, runs, folder):
+    """Draw lambda by layer in the first seed of V1 and of V2."""
+    seeds = {attn: read_seeds(logs, runs, f"large/{attn}-") for attn in ("v1", "v2")}
+    seeds = {attn: found for attn, found in seeds.items() if found}
+    if not seeds:
+        return
+    figure, axes = plt.subplots(1, len(seeds), figsize=(11, 3.6), sharey=True, squeeze=False)
+    for axis, (attn, (first, *_)) in zip(axes[0], seeds.items()):
+        draw_lambdas(figure, axis, first)
+        axis.set(xlabel="step", title=NAMES[attn])
+    axes[0, 0].set(ylabel="lambda, the factor of the second map")
+    save(figure, folder / "lambdas.png")
+
+
 def shared_keys(logs, runs, folder):
     """V2 whose upper six layers share keys and values (n_kv_layers), against V2, in the mean of the seeds of both."""
     compared = pairs(logs, runs, "large", "v2-shared", "v2")
@@ -162,7 +180,7 @@ def sweep(logs, runs, folder):
     print_table("Learning rates: held-out loss after 500 steps of 65,536 tokens", [*rows.values()])
 
 
-def rates(group, title, logs, runs, folder):
+def stability(group, title, logs, runs, folder):
     names = [name for name in runs if name.startswith(f"{group}/")]
     rows = []
     for name in names:
@@ -170,7 +188,7 @@ def rates(group, title, logs, runs, folder):
         labels = {"peak learning rate": rate_text(settings.learning_rate), "attn": NAMES[settings.attn]}
         labels["seed"] = settings.seed
         rows.append(labels | stability_row(read_log(logs, name), settings))
-    print_table(title, rows)
+    print_table(f"{title}: a spike is above {SPIKE} times the median of the {MEMORY} steps before", rows)
     print_cost(logs, runs, group)
 
 
@@ -182,10 +200,76 @@ def design(logs, runs, folder):
             continue
         ends = [log["val_loss"][-1] for log, _ in compared]
         differences = [log["val_loss"][-1] - v2["val_loss"][-1] for log, v2 in compared]
-        row = {"design": kind, "seeds": len(compared), "held-out loss, nats": mean_std(ends)}
-        rows.append(row | {"minus v2": with_interval(differences, 3, "+") if kind != "v2" else ""})
+        row = {"design": NAMES.get(kind, kind), "seeds": len(compared), "held-out loss, nats": mean_std(ends)}
+        rows.append(row | {"minus V2's": with_interval(differences, 3, "+") if kind != "v2" else ""})
     print_table("V2 taken apart: held-out loss at the end, and its difference from V2 with a 95 % interval", rows)
     print_cost(logs, runs, "design")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Inside the models (bench.probes): the first token's share, and how loud what a head reads is
+
+
+def inside(logs, runs, folder):
+    found = read_probes(logs, runs, "large")
+    if not found:
+        return
+    figure, (sink_axis, norm_axis, output_axis) = plt.subplots(1, 3, figsize=(13, 4))
+    for attn, probes in found.items():
+        line = dict(color=COLORS[attn], marker="o", markersize=3)
+        sink_axis.plot(np.mean([probe["sink"]["weights"] for probe in probes], axis=0), **line, label=NAMES[attn])
+        for axis, kind in ((norm_axis, "weights"), (output_axis, "output")):
+            measured = [probe["context_rms"][kind] for probe in probes]
+            axis.plot(np.mean([norms["mean"] for norms in measured], axis=0), **line)
+            lowest = np.min([norms["minimum"] for norms in measured], axis=0)
+            axis.plot(lowest, ":", color=COLORS[attn], label=f"{NAMES[attn]}, lowest")
+    one = next(iter(found.values()))[0]
+    even = 2 / one["length"] * np.log(2)  # the mean of 1 / n over the second half of a text
+    sink_axis.axhline(even, color="lightgray", zorder=0, label="even attention")
+    bound = one["context_rms"]["bound"]
+    norm_axis.axhline(bound, color="lightgray", zorder=0, label="least of a softmax, 1/sqrt(tokens)")
+    sink_axis.set(title="the first token's share of attention", ylabel="share")
+    norm_axis.set(title="L2 norm of a query's weights", ylabel="norm")
+    output_axis.set(title="RMS of a head's output over its values'", ylabel="ratio")
+    for axis in (sink_axis, norm_axis, output_axis):
+        axis.set(xlabel="layer", yscale="log")
+        legend_above(axis, ncol=2)
+    figure.supxlabel("of V1 and V2, the difference A1 - lambda A2; means over seeds", fontsize=9)
+    save(figure, folder / "attention.png")
+    print_table("Attention sink: the first token's share in the second half of a text", sink_rows(found))
+    print_table("Norm of a query's weights (the RMS it reads from uncorrelated values of RMS 1)", norm_rows(found))
+
+
+def weights_name(weights, kinds):
+    """The name of one of several kinds of weights: those that multiply the values are a difference of two maps."""
+    return "difference" if weights == "weights" and "first" in kinds else weights
+
+
+def sink_rows(found):
+    rows = []
+    for attn, probes in found.items():
+        for kind in probes[0]["sink"]:
+            layers = np.array([probe["sink"][kind] for probe in probes])  # (seeds, layers)
+            by_layer = layers.mean(0)
+            row = {"attn": NAMES[attn], "seeds": len(probes), "weights": weights_name(kind, probes[0]["sink"])}
+            row |= {"mean": mean_std(layers.mean(1), 5), "highest": f"{by_layer.max():.4f}"}
+            rows.append(row | {"in layer": by_layer.argmax()})
+    return rows
+
+
+def norm_rows(found):
+    rows = []
+    for attn, probes in found.items():
+        norms = [probe["context_rms"] for probe in probes]
+        row = {"attn": NAMES[attn], "seeds": len(probes)}
+        for kind, text in (("first", "first map"), ("weights", "weights"), ("output", "output RMS / values'")):
+            measured = [norm[kind] for norm in norms if kind in norm]  # plain's map is its weights
+            row[f"{text}: mean"] = mean_std([np.mean(norm["mean"]) for norm in measured]) if measured else ""
+            row[f"{text}: lowest"] = f"{min(min(norm['minimum']) for norm in measured):.4f}" if measured else ""
+        bound = norms[0]["bound"]  # the least of a softmax
+        below = [sum(lowest < bound for lowest in norm["weights"]["minimum"]) for norm in norms]
+        rows.append(row | {f"layers below {bound:.4f}": ", ".join(map(str, below))})
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -229,75 +313,95 @@ def outliers(group, logs, runs, folder):
 
 
 def read_retrieval(logs, runs):
-    """Read what bench.retrieval measured -> {(attn, length): [one for each seed]}."""
+    """Read what bench.retrieval measured -> {(kind of run, length): {seed: measured}}."""
     found = {}
     for name in runs:
         if name.startswith("retrieval/"):
-            measured = read_json(logs, name)
-            found.setdefault((measured["attn"], measured["length"]), []).append(measured)
+            kind, seed, length = name.removeprefix("retrieval/").rsplit("-", 2)
+            found.setdefault((kind, int(length)), {})[int(seed)] = read_json(logs, name)
     return found
+
+
+def seed_range(values):
+    """values (seeds, ...) -> how far the lowest and the highest are from the mean, for errorbar()."""
+    return np.maximum(0, [values.mean(0) - values.min(0), values.max(0) - values.mean(0)])  # 0, despite rounding
 
 
 def accuracies(seeds, needles):
     """The share of right answers to texts with so many needles -> by depth (seeds, depths), overall (seeds,)."""
-    right, texts = (np.array([seed["accuracy"][needles][what] for seed in seeds]) for what in ("right", "texts"))
+    tested = [measured["accuracy"][needles] for measured in seeds]
+    right, texts = (np.array([counts[what] for counts in tested]) for what in ("right", "texts"))
     return right / np.where(texts, texts, np.nan), right.sum(1) / texts.sum(1)
 
 
 def retrieval(logs, runs, folder):
     found = read_retrieval(logs, runs)
-    longest = max(length for _, length in found)
-    figure, (depth_axis, count_axis, share_axis) = plt.subplots(1, 3, figsize=(13, 4))
-    for (attn, length), seeds in found.items():
-        line = dict(color=COLORS[attn], linestyle="-" if length == longest else ":", marker="o", markersize=3)
-        line |= dict(label=f"{NAMES[attn]}, {length} tokens", capsize=2, linewidth=1)
-        by_depth = accuracies(seeds, str(seeds[0]["needles"]))[0]
-        mean, half = t_interval(by_depth)
-        beside = KINDS.index(attn) - 1  # so that no attention hides another
-        depth_axis.errorbar((np.arange(len(mean)) + 0.5) / len(mean) * 100 + beside, mean, half, **line)
-        counts = list(seeds[0]["accuracy"])
-        mean, half = t_interval(np.array([accuracies(seeds, count)[1] for count in counts]).T)
-        count_axis.errorbar([int(count) + 0.1 * beside for count in counts], mean, half, **line)
-        if length == longest:
-            shares = [[np.mean(seed["needle"]["weights"][part]) for part in PARTS] for seed in seeds]
-            mean, half = t_interval(np.array(shares))
-            place = np.arange(len(PARTS)) + 0.27 * beside
-            share_axis.bar(place, mean, 0.25, yerr=half, color=COLORS[attn], label=NAMES[attn], capsize=2)
-    needles = next(iter(found.values()))[0]["needles"]
-    chance = dict(color="lightgray", zorder=0, label="one of the numbers, at random")
-    depth_axis.axhline(1 / needles, **chance)
-    counts = np.linspace(1, 8, 50)
-    count_axis.plot(counts, 1 / counts, **chance)
-    depth_axis.set(xlabel="place of the answer, % of the text", title=f"{needles} numbers in a text")
-    count_axis.set(xlabel="numbers in a text", title="all places")
-    for axis in (depth_axis, count_axis):
-        axis.set(ylabel="share of texts answered right", ylim=(0, 1.03))
-    depth_axis.legend(fontsize=7)
-    share_axis.set(ylabel="share of the last token's attention", title=f"{longest} tokens, mean over layers and heads")
-    share_axis.set_xticks(range(len(PARTS)), ["answer", "other\nnumbers", "first\ntoken", "rest"])
-    share_axis.legend(fontsize=8, title="error bars: 95 % over seeds", title_fontsize=8)
-    save(figure, folder / "retrieval.png")
-    print_table("Retrieval: texts answered right, by numbers in a text, 95 % over seeds", accuracy_rows(found))
+    draw_retrieval(found, logs, folder)
+    print_table("Retrieval: share of texts answered right, by numbers in a text, 95 % over seeds", accuracy_rows(found))
     print_table("Retrieval, model by model, with Wilson's 95 % interval", model_rows(logs, runs))
     print_table("Shares of the last token's attention, mean over layers and heads, 95 % over seeds", share_rows(found))
     print_cost(logs, runs, "retrieval")
+
+
+def draw_retrieval(found, logs, folder):
+    lengths, kinds = [length for _, length in found], [*dict.fromkeys(kind for kind, _ in found)]
+    figure, ((learning_axis, depth_axis), (count_axis, share_axis)) = plt.subplots(2, 2, figsize=(11, 8))
+    for (kind, length), by_seed in found.items():
+        seeds = [*by_seed.values()]
+        line = dict(color=COLORS[kind], linestyle="-" if length == max(lengths) else ":", marker="o", markersize=3)
+        line |= dict(label=f"{NAMES[kind]}, {length} tokens", capsize=2, linewidth=1)
+        beside = kinds.index(kind) - (len(kinds) - 1) / 2  # so that no kind hides another
+        by_depth = accuracies(seeds, str(seeds[0]["needles"]))[0]
+        depths = (np.arange(by_depth.shape[1]) + 0.5) / by_depth.shape[1] * 100
+        depth_axis.errorbar(depths + beside, by_depth.mean(0), seed_range(by_depth), **line)
+        counts = list(seeds[0]["accuracy"])
+        by_count = np.array([accuracies(seeds, count)[1] for count in counts]).T
+        places = [int(count) + 0.1 * beside for count in counts]
+        count_axis.errorbar(places, by_count.mean(0), seed_range(by_count), **line)
+        if length == min(lengths):
+            validations = [read_log(logs, f"retrieval/{kind}-{seed}-{length}") for seed in by_seed]
+            measured = ~np.isnan(validations[0]["val_accuracy"])
+            right = np.array([log["val_accuracy"][measured] for log in validations])
+            steps = validations[0]["step"][measured]
+            learning_axis.plot(steps, right.mean(0), "o-", color=COLORS[kind], label=NAMES[kind], markersize=3)
+            learning_axis.fill_between(steps, right.min(0), right.max(0), color=COLORS[kind], alpha=0.2, linewidth=0)
+        if length == max(lengths):
+            shares = np.array([[np.mean(seed["needle"]["weights"][part]) for part in PARTS[:-1]] for seed in seeds])
+            bars = dict(yerr=seed_range(shares), color=COLORS[kind], label=NAMES[kind], capsize=2)
+            share_axis.bar(np.arange(len(PARTS) - 1) + 0.22 * beside, shares.mean(0), 0.2, **bars)
+    needles = seeds[0]["needles"]
+    title = f"{min(lengths)} tokens, {needles} numbers, while it is learned"
+    learning_axis.set(xlabel="step", title=title)
+    depth_axis.set(xlabel="place of the answer, % of the text", title=f"{needles} numbers in a text")
+    count_axis.set(xlabel="numbers in a text", title="all places")
+    for axis in (learning_axis, depth_axis, count_axis):
+        axis.set(ylabel="share of texts answered right")
+    title = f"{max(lengths)} tokens, mean over layers and heads"
+    share_axis.set(ylabel="share of the last token's attention", title=title)
+    share_axis.set_xticks(range(len(PARTS) - 1), ["answer", "other numbers", "first token"])
+    learning_axis.legend(fontsize=8)
+    depth_axis.legend(fontsize=7, ncol=2)
+    share_axis.legend(fontsize=8)
+    figure.supxlabel("bands and bars: lowest to highest seed", fontsize=9)
+    save(figure, folder / "retrieval.png")
 
 
 def recall_maps(logs, runs, folder):
     """Draw the maps of the head that looks at the answer most, of the shorter texts' first seed of each attention."""
     found = read_retrieval(logs, runs)
     shortest = min(length for _, length in found)
-    heads = {attn: seeds[0]["recall"] for (attn, length), seeds in found.items() if length == shortest}
+    first = {kind: next(iter(seeds.values())) for (kind, length), seeds in found.items() if length == shortest}
+    heads = {kind: measured["recall"] for kind, measured in first.items()}
     figure, axes = plt.subplots(len(heads), 3, figsize=(13, 3.9 * len(heads)), squeeze=False)
-    for row, (attn, head) in zip(axes, heads.items()):
-        place = f"{NAMES[attn]}, layer {head['layer']}, head {head['head']}"
+    for row, (kind, head) in zip(axes, heads.items()):
+        place = f"{NAMES[kind]}, layer {head['layer']}, head {head['head']}"
         titles = {"first": "A1" if "second" in head else "its only map", "second": "A2"}
         titles["difference"] = f"A1 - {head.get('factor', 0):.2f} A2 (lambda of the last query)"
-        for axis, (kind, title) in zip(row, titles.items()):
-            if kind not in head:
+        for axis, (map_, title) in zip(row, titles.items()):
+            if map_ not in head:
                 axis.set_axis_off()
                 continue
-            draw_map(figure, axis, head[kind], head["tokens"], f"{place}: {title}", limit=1)
+            draw_map(figure, axis, head[map_], head["tokens"], f"{place}: {title}", limit=1)
             for edge in head["span"]:
                 axis.axvline(edge - 0.5, color="tab:green", linewidth=0.8)
     figure.supxlabel("between the green lines: the answer to the question at the end", fontsize=9)
@@ -306,9 +410,18 @@ def recall_maps(logs, runs, folder):
 
 def accuracy_rows(found):
     rows = []
-    for (attn, length), seeds in found.items():
-        row = {"attn": NAMES[attn], "tokens": length, "seeds": len(seeds)}
+    for (kind, length), by_seed in found.items():
+        seeds = [*by_seed.values()]
+        row = {"attn": NAMES[kind], "tokens": length, "seeds": len(seeds)}
         rows.append(row | {n: with_interval(accuracies(seeds, n)[1]) for n in seeds[0]["accuracy"]})
+        plain = found.get(("vanilla", length), {})
+        both = [(by_seed[seed], plain[seed]) for seed in by_seed if seed in plain]
+        if both and kind != "vanilla":
+            row = {"attn": f"{NAMES[kind]} minus plain", "tokens": length, "seeds": len(both)}
+            for n in seeds[0]["accuracy"]:
+                ours, theirs = (accuracies(measured, n)[1] for measured in zip(*both))
+                row[n] = with_interval(ours - theirs, 3, "+")
+            rows.append(row)
     return rows
 
 
@@ -328,21 +441,21 @@ def model_rows(logs, runs):
 
 def share_rows(found):
     rows = []
-    for (attn, length), seeds in found.items():
-        for kind in seeds[0]["needle"]:
-            parts = [seed["needle"][kind] for seed in seeds]
-            name = "difference" if kind == "weights" and attn != "vanilla" else kind
-            row = {"attn": NAMES[attn], "tokens": length, "weights": name}
-            row |= {part: with_interval([np.mean(shares[part]) for shares in parts], 4) for part in PARTS}
-            rows.append(row | {"answer, best head": with_interval([shares["best_head"]["answer"] for shares in parts])})
+    for (kind, length), seeds in found.items():
+        needles = [measured["needle"] for measured in seeds.values()]
+        for weights in needles[0]:
+            parts = [needle[weights] for needle in needles]
+            row = {"attn": NAMES[kind], "tokens": length, "weights": weights_name(weights, needles[0])}
+            row |= {part.replace("_", " "): with_interval([np.mean(s[part]) for s in parts], 4) for part in PARTS}
+            rows.append(row | {"answer, best head": with_interval([s["best_head"]["answer"] for s in parts])})
     return rows
 
 
 FIGURES = {  # by group of runs
-    "sweep": (sweep, functools.partial(rates, "sweep", "Stability of the same runs")),
-    "large": (large, shared_keys, functools.partial(outliers, "large")),
+    "sweep": (sweep, functools.partial(stability, "sweep", "Stability of the same runs")),
+    "large": (large, shared_keys, lambdas, inside, functools.partial(outliers, "large")),
     "stable": (
-        functools.partial(rates, "stable", "Stability at 2e-3, 500 steps of 65,536 tokens"),
+        functools.partial(stability, "stable", "Stability at 2e-3, 500 steps of 65,536 tokens"),
         functools.partial(outliers, "stable"),
     ),
     "design": (design,),

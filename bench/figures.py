@@ -1,7 +1,7 @@
 """The pictures and tables of docs/results.md, from the logs and measurements that bench.runs has kept. No GPU needed.
 
 python -m bench.figures                      # of all groups of runs
-python -m bench.figures --only curves rates  # of two
+python -m bench.figures --only curves large  # of two
 python -m bench.figures --logs out/mylogs    # of runs of your own
 
 The tables are printed as Markdown, and the pictures written to docs/. The groups sweep, large, stable, design and
@@ -16,10 +16,8 @@ import numpy as np
 from bench import evidence
 from bench.logs import (
     COLORS,
-    MEMORY,
     NAMES,
-    SPIKE,
-    draw_map,
+    draw_lambdas,
     gaps,
     held_out_at,
     legend_above,
@@ -27,17 +25,13 @@ from bench.logs import (
     norm_row,
     plt,
     print_table,
-    rate_text,
     read_json,
     read_log,
-    read_probes,
     read_seeds,
     save,
     smooth,
-    spikes,
-    stability_row,
 )
-from bench.runs import KINDS, LEARNING_RATES, add_flags, log_path, parse_runs, train_missing
+from bench.runs import KINDS, add_flags, log_path, parse_runs, train_missing
 from engine.settings import Parser, UserError, run_script
 
 REPORT_ROWS = {
@@ -124,176 +118,19 @@ def first_and_last(values, width=50):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Held-out loss, stability, lambda
+# Held-out loss
 
 
 def wikitext2(logs, runs, folder):
-    print_table("Held-out loss on WikiText-2, at its lowest", held_out_rows(logs, runs, "curves", np.nanmin))
-
-
-def corpus(logs, runs, folder):
-    rows = held_out_rows(logs, runs, "corpus", lambda losses: losses[-1])
-    print_table("Held-out loss on the larger corpus, at the end", rows)
-    kinds = {attn: read_seeds(logs, runs, f"corpus/{attn}-") for attn in KINDS}
-    print_table("Gradient norm there, seed by seed", [norm_row(NAMES[attn], seeds) for attn, seeds in kinds.items()])
-
-
-def held_out_rows(logs, runs, group, choose):
-    """The validation loss of each attention over seeds. choose() takes one from the losses of a run."""
+    losses = {attn: [np.nanmin(log["val_loss"]) for log in read_seeds(logs, runs, f"curves/{attn}-")] for attn in KINDS}
     rows = []
-    losses = {k: [choose(log["val_loss"]) for log in read_seeds(logs, runs, f"{group}/{k}-")] for k in KINDS}
-    for attn, values in losses.items():
-        differences = [value - plain for value, plain in zip(values, losses["vanilla"])]
-        row = {"attn": NAMES[attn], "seeds": len(values), "held-out loss, nats": mean_std(values)}
-        row["perplexity"] = mean_std([np.exp(v) for v in values], 2)
+    for attn, lowest in losses.items():
+        differences = [loss - plain for loss, plain in zip(lowest, losses["vanilla"])]
+        row = {"attn": NAMES[attn], "seeds": len(lowest), "held-out loss, nats": mean_std(lowest)}
+        row["perplexity"] = mean_std(np.exp(lowest), 2)
         row["minus plain's, 95 %"] = evidence.with_interval(differences, 3, "+") if attn != "vanilla" else ""
         rows.append(row)
-    return rows
-
-
-def stability(logs, runs, folder):
-    figure, axes = plt.subplots(len(LEARNING_RATES), len(KINDS), figsize=(13, 7), sharex=True, sharey=True)
-    rows = []
-    for (row, rate), (column, attn) in itertools.product(enumerate(LEARNING_RATES), enumerate(KINDS)):
-        name, axis = f"rates/{attn}-{rate:g}", axes[row, column]
-        log, labels = read_log(logs, name), {"peak learning rate": rate_text(rate), "attn": NAMES[attn]}
-        rows.append(labels | stability_row(log, runs[name].settings))
-        axis.plot(log["step"], log["grad_norm"], color=COLORS[attn], linewidth=0.6)
-        found = spikes(log["grad_norm"])
-        axis.plot(log["step"][found], log["grad_norm"][found], "k.", markersize=5, label="spike")
-        axis.set(yscale="log", title=f"{NAMES[attn]}, peak learning rate {rate_text(rate)}")
-    for axis in axes[-1]:
-        axis.set(xlabel="step")
-    for axis in axes[:, 0]:
-        axis.set(ylabel="norm, before clipping")
-    axes[0, 0].legend(fontsize=8)
-    save(figure, folder / "stability.png")
-    print_table(f"Stability: a spike is above {SPIKE} times the median of the {MEMORY} steps before", rows)
-
-
-def lambdas(logs, runs, folder):
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
-    for attn, axis in zip(("v1", "v2"), axes):
-        log = read_seeds(logs, runs, f"corpus/{attn}-")[0]
-        draw_lambdas(figure, axis, log)
-        axis.set(xlabel="step", title=NAMES[attn])
-    axes[0].set(ylabel="lambda, the factor of the second map")
-    save(figure, folder / "lambdas.png")
-
-
-def draw_lambdas(figure, axis, log):
-    measured, layers = ~np.isnan(log["lambdas"][:, 0]), log["lambdas"].shape[1]
-    colors = plt.cm.ScalarMappable(plt.Normalize(0, layers - 1), "viridis")
-    figure.colorbar(colors, ax=axis, label="layer")
-    for layer in range(layers):
-        axis.plot(log["step"][measured], log["lambdas"][measured, layer], color=colors.to_rgba(layer), linewidth=1)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Inside the models: where their heads look, and how loud what they read is (bench.probes)
-
-
-def inside(logs, runs, folder):
-    probes = read_probes(logs, runs, "corpus")
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8.4))
-    axes = axes.flatten()
-    for attn, seeds in probes.items():
-        panels = (
-            [probe["needle"]["weights"]["answer"] for probe in seeds],
-            [probe["sink"]["weights"] for probe in seeds],
-            [probe["context_rms"]["weights"]["mean"] for probe in seeds],
-            [probe["context_rms"]["output"]["mean"] for probe in seeds],
-        )
-        for axis, values in zip(axes, panels):
-            axis.plot(np.mean(values, axis=0), "o-", color=COLORS[attn], label=NAMES[attn], markersize=3)
-        for axis, kind in zip(axes[2:], ("weights", "output")):
-            lowest = np.min([probe["context_rms"][kind]["minimum"] for probe in seeds], axis=0)
-            axis.plot(lowest, ":", color=COLORS[attn], label=f"{NAMES[attn]}, lowest")
-    one = probes["vanilla"][0]
-    even = 2 / one["length"] * np.log(2)  # the mean of 1 / n over the second half of a text
-    references = (one["answer_tokens"] / one["length"], "even attention"), (even, "even attention")
-    references += ((one["context_rms"]["bound"], "least of a softmax, 1/sqrt(tokens)"),)
-    for axis, (value, label) in zip(axes, references):
-        axis.axhline(value, color="lightgray", zorder=0, label=label)
-    axes[0].set(title="the answer's share of attention", yscale="log")
-    axes[1].set(title="the first token's share of attention")
-    axes[2].set(title="L2 norm of a query's weights", yscale="log")
-    axes[3].set(title="RMS of a head's output over that of its values", yscale="log")
-    for axis, label in zip(axes, ("share", "share", "norm; lowest: of all queries", "ratio; lowest: of all queries")):
-        axis.set(xlabel="layer", ylabel=label)
-        legend_above(axis)
-    figure.supxlabel("means over seeds; of V1 and V2, the difference A1 - lambda A2", fontsize=9)
-    save(figure, folder / "attention.png")
-    print_table("Needles: shares of the last token's attention, mean over layers and heads", needle_rows(probes))
-    print_table("Attention sink: the first token's share in the second half of a text", sink_rows(probes))
-    print_table("Norm of a query's weights (the RMS it reads from uncorrelated values of RMS 1)", norm_rows(probes))
-
-
-def needle_rows(probes):
-    rows = []
-    for attn, seeds in probes.items():
-        for kind in seeds[0]["needle"]:
-            parts = [probe["needle"][kind] for probe in seeds]
-            row = {"attn": NAMES[attn], "weights": kind_name(attn, kind)}
-            for part in ("answer", "others", "first_token", "rest"):
-                row[part.replace("_", " ")] = mean_std([np.mean(shares[part]) for shares in parts], 4)
-            row["answer, best head"] = mean_std([shares["best_head"]["answer"] for shares in parts])
-            recall = [probe["retrieval"]["accuracy"] for probe in seeds]
-            row["right number likeliest"] = mean_std(recall, 2) if kind == "weights" else ""
-            rows.append(row)
-    return rows
-
-
-def kind_name(attn, kind):
-    """The name of a kind of weights in a table, where those that multiply the values may be a difference of maps."""
-    return "difference" if kind == "weights" and attn != "vanilla" else kind
-
-
-def sink_rows(probes):
-    rows = []
-    for attn, seeds in probes.items():
-        for kind in seeds[0]["sink"]:
-            layers = np.array([probe["sink"][kind] for probe in seeds])
-            by_layer = layers.mean(0)
-            row = {"attn": NAMES[attn], "weights": kind_name(attn, kind), "mean": mean_std(layers.mean(1), 5)}
-            rows.append(row | {"highest": f"{by_layer.max():.4f}", "in layer": by_layer.argmax()})
-    return rows
-
-
-def norm_rows(probes):
-    rows = []
-    for attn, seeds in probes.items():
-        norms = [probe["context_rms"] for probe in seeds]
-        row = {"attn": NAMES[attn], "least of a softmax": f"{norms[0]['bound']:.4f}"}
-        for kind, text in (
-            ("first", "first map alone"),
-            ("weights", "weights"),
-            ("output", "output RMS / values'"),
-        ):
-            if kind in norms[0]:
-                row[f"{text}: mean"] = mean_std([np.mean(norm[kind]["mean"]) for norm in norms])
-                row[f"{text}: lowest"] = f"{min(min(norm[kind]['minimum']) for norm in norms):.4f}"
-            else:
-                row |= {f"{text}: mean": "", f"{text}: lowest": ""}
-        rows.append(row)
-    return rows
-
-
-def maps(logs, runs, folder):
-    """Draw both maps and their difference for one sentence, of two heads each of V1 and V2."""
-    heads = [
-        (attn, head, seeds[0]["sentence"]["tokens"])
-        for attn, seeds in read_probes(logs, runs, "corpus").items()
-        for head in seeds[0]["sentence"]["heads"][:2]
-    ]
-    figure, axes = plt.subplots(len(heads), 3, figsize=(12, 4 * len(heads)))
-    for row, (attn, head, tokens) in zip(axes, heads):
-        kinds = ("first", "second", "difference")
-        for axis, kind in zip(row, kinds):
-            title = kind if kind != "difference" else f"first - {head['factor']:.2f} second (of the last token)"
-            title = f"{NAMES[attn]}, layer {head['layer']}, head {head['head']}: {title}"
-            draw_map(figure, axis, head[kind], tokens, title, limit=0.5)
-    save(figure, folder / "maps.png")
+    print_table("Held-out loss on WikiText-2, at its lowest", rows)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -378,11 +215,9 @@ def smollm2_tuning(logs, runs, folder):
 
 FIGURES = {  # by group of runs
     "curves": (curves, wikitext2),
-    "corpus": (corpus, lambdas, inside, maps),
-    "rates": (stability,),
+    **evidence.FIGURES,
     "tuning": (tuning,),
     "smollm2": (smollm2, smollm2_tuning),
-    **evidence.FIGURES,
 }
 
 

@@ -17,11 +17,11 @@ plt.switch_backend("Agg")
 
 COLORS = {
     "vanilla": "tab:gray", "v1": "tab:orange", "v2": "tab:blue", "vanilla-bare": "black", "v1-bare": "tab:red",
-    "v1-wide": "tab:brown", "v2-low-rate": "tab:cyan",
+    "vanilla-heads": "tab:olive", "v1-wide": "tab:brown", "v2-low-rate": "tab:cyan",
 }  # fmt: skip
 NAMES = {
-    "vanilla": "plain", "v1": "V1", "v1-wide": "V1, 3 pairs of 128", "v2": "V2",
-    "v2-low-rate": "V2, plain's learning rate",
+    "vanilla": "plain", "vanilla-heads": "plain, 12 heads of 64", "v1": "V1", "v1-wide": "V1, 3 pairs of 128",
+    "v2": "V2", "v2-low-rate": "V2, plain's learning rate",
 }  # fmt: skip
 SPIKE, MEMORY = 10, 100  # a spike is a gradient norm above SPIKE times the median of the MEMORY steps before
 
@@ -164,6 +164,14 @@ def draw_map(figure, axis, weights, tokens, title, limit):
     axis.set_xticklabels(tokens, rotation=90, fontsize=6)
     axis.set_yticklabels(tokens, fontsize=6)
     axis.set_title(title, fontsize=8)
+
+
+def draw_lambdas(figure, axis, log):
+    measured, layers = ~np.isnan(log["lambdas"][:, 0]), log["lambdas"].shape[1]
+    colors = plt.cm.ScalarMappable(plt.Normalize(0, layers - 1), "viridis")
+    figure.colorbar(colors, ax=axis, label="layer")
+    for layer in range(layers):
+        axis.plot(log["step"][measured], log["lambdas"][measured, layer], color=colors.to_rgba(layer), linewidth=1)
 
 
 def save(figure, path):

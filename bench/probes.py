@@ -1,7 +1,7 @@
 """What differential attention does inside a trained model: where its heads look, and how loud its activations are.
 
-probe() measures a model on held-out text, and sentence_maps() reads the maps of one sentence. bench/figures.py draws
-both. There are up to three kinds of weights:
+probe() measures a model on held-out text. bench.retrieval and the viewer use the maps, too. There are up to three kinds
+of weights:
 
     first, second    the two softmax maps
     weights          first - factor * second, which multiply the values; the plain Transformer has only these
@@ -10,29 +10,14 @@ Shapes are as in model.py, but H is the number of heads after the subtraction (p
 query positions that are looked at.
 """
 
-import statistics
 from collections import defaultdict
 
-import numpy as np
 import torch
 
 from data.dataset import sample_batch
 from engine.device import autocast
-from engine.loss import token_cross_entropy
 from model import at_least_float32
 
-CITIES = (
-    "Accra", "Aleppo", "Amman", "Ankara", "Athens", "Bergen", "Berlin", "Bogota", "Boston", "Bremen", "Brno",
-    "Busan", "Cairo", "Cork", "Dakar", "Dallas", "Delhi", "Denver", "Dhaka", "Doha", "Dubai", "Dublin", "Durban",
-    "Essen", "Geneva", "Genoa", "Ghent", "Graz", "Hanoi", "Harare", "Havana", "Izmir", "Jaipur", "Kabul", "Kano",
-    "Kobe", "Krakow", "Kyiv", "Kyoto", "Lagos", "Leeds", "Leon", "Lima", "Lisbon", "London", "Lyon", "Madrid",
-    "Malaga", "Manila", "Miami", "Milan", "Minsk", "Mumbai", "Munich", "Nantes", "Naples", "Osaka", "Oslo",
-    "Ottawa", "Oxford", "Paris", "Perth", "Porto", "Prague", "Pune", "Quito", "Rabat", "Riga", "Rome", "Seoul",
-    "Sofia", "Sydney", "Tokyo", "Tunis", "Turin", "Venice", "Vienna", "Warsaw", "Zagreb", "Zurich",
-)  # fmt: skip
-QUESTION = " The magic number of {} is"  # a needle goes on with " 1234567."
-NEEDLES = ((6, 7), (4, 7), (4, 5), (2, 3))  # (needles in a text, digits of their numbers); the first that fits is used
-PARTS = ("answer", "others", "first_token", "rest")  # of a text; others: the numbers of the other needles
 LATE = 64  # last positions of a window, where the RMS of what attention reads is measured
 
 # ---------------------------------------------------------------------------------------------------
@@ -96,123 +81,6 @@ def share(weights, keys):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Needles: one of several facts has to be found in a long text (arXiv 2410.05258, section 3.4)
-
-
-def needle_texts(encoding, tokens, length, texts, seed=1, size=None, cities=CITIES):
-    """Hide needles in texts of held-out `tokens`, and end each text with the question for one of them.
-
-    `size` is the number of needles and their digits; without it, needle_size(). -> ids (texts, length) int64, and for
-    each text the (start, stop) of every needle's number, beginning with the one that is asked for. Raises ValueError if
-    they do not fit.
-    """
-    encode, rng = encoding.encode_ordinary, np.random.default_rng((seed, 2))
-    count, digits = size or needle_size(encode, length)
-    if len(tokens) <= length:
-        raise ValueError(f"{len(tokens)} tokens are too few to cut texts of {length} from")
-    filler = sample_batch(tokens, length, texts, seed, step=1)[0].tolist()
-    numbers = draw_numbers(rng, encode, texts * count, digits)
-    hidden = [
-        hide_needles(rng, encode, text, numbers[i * count : (i + 1) * count], cities) for i, text in enumerate(filler)
-    ]
-    ids, spans = zip(*hidden)
-    return torch.tensor(ids), spans
-
-
-def needle_size(encode, length):
-    """The number of needles, and their digits: the first of NEEDLES that fit."""
-    for count, digits in NEEDLES:
-        if needles_fit(encode, length, count, digits):
-            return count, digits
-    raise ValueError(f"{length} tokens have no room for needles")
-
-
-def needles_fit(encode, length, count, digits):
-    """Return whether needles and the question, at their longest, take up to 7/8 of the length."""
-    question = max(len(encode(QUESTION.format(city))) for city in CITIES)
-    return count * (question + digits + 2) + question <= 7 / 8 * length  # a space and a period
-
-
-def draw_numbers(rng, encode, count, digits):
-    """Draw different numbers -> lists of ids, each with a space before the number.
-
-    All lists have the same length, the commonest among many numbers, so that log-probabilities can be compared.
-    """
-    drawn = rng.integers(10 ** (digits - 1), 10**digits, size=20 * count)
-    numbers = [encode(f" {number}") for number in dict.fromkeys(drawn.tolist())]
-    width = statistics.mode(map(len, numbers))
-    return [number for number in numbers if len(number) == width][:count]
-
-
-def hide_needles(rng, encode, filler, numbers, cities):
-    """Hide needles in `filler`, whose end gives way to them -> ids and spans of one text, as in needle_texts().
-
-    The pieces are encoded one by one. So the spans are exact, and the question has the same ids as the needle.
-    """
-    questions = [encode(QUESTION.format(city)) for city in rng.choice(cities, len(numbers), replace=False)]
-    needles = [question + number + encode(".") for question, number in zip(questions, numbers)]
-    asked = rng.integers(len(needles))
-    room = len(filler) - len(questions[asked]) - sum(map(len, needles))
-    # number_scores() cuts off as many tokens at the beginning as a number has. No needle may begin there.
-    depths = np.sort(rng.integers(len(numbers[0]), room + 1, size=len(needles))).tolist()
-    ids, spans = [], []
-    for start, depth, question, number, needle in zip([0, *depths], depths, questions, numbers, needles):
-        ids += filler[start:depth]
-        begin = len(ids) + len(question)
-        spans.append((begin, begin + len(number)))
-        ids += needle
-    ids += filler[depths[-1] : room] + questions[asked]
-    return ids, [spans.pop(asked), *spans]
-
-
-def needle_shares(model, ids, spans):
-    """Measure where the last position of a needle text ids (T,) looks -> {kind of weights: (n_layer, H, parts)}."""
-    part = torch.full_like(ids, PARTS.index("rest"))
-    part[0] = PARTS.index("first_token")
-    for number, (start, stop) in enumerate(spans):
-        part[start:stop] = PARTS.index("others" if number else "answer")
-    shares = defaultdict(list)
-    for maps, _ in layer_maps(model, ids[None], slice(-1, None)):
-        for kind, weights in maps.items():
-            shares[kind].append(torch.stack([share(weights[0, :, 0], part == i) for i in range(len(PARTS))], dim=-1))
-    return {kind: torch.stack(layers) for kind, layers in shares.items()}
-
-
-def summarize_shares(texts):
-    """Average needle_shares() over texts -> {kind of weights: {part: list by layer, "best_head": ...}}.
-
-    A part has the mean over heads. The best head is the one of all layers with the highest share on the answer.
-    """
-    summary = {}
-    for kind in texts[0]:
-        mean = torch.stack([shares[kind] for shares in texts]).mean(0)  # (n_layer, H, parts)
-        best, index = mean[..., PARTS.index("answer")].flatten().max(0)
-        layer, head = divmod(index.item(), mean.size(1))
-        summary[kind] = dict(zip(PARTS, mean.mean(1).T.tolist()))
-        summary[kind]["best_head"] = dict(layer=layer, head=head, answer=best.item())
-    return summary
-
-
-def number_scores(model, ids, spans):
-    """The mean log-probability, in nats a token, of every needle's number after a text ids (T,) -> (needles,).
-
-    The context may be full, so the text loses as many tokens at its beginning as a number has.
-    """
-    numbers = torch.stack([ids[start:stop] for start, stop in spans])  # (needles, W)
-    W = numbers.size(1)
-    texts = torch.cat((ids[W - 1 :].expand(len(numbers), -1), numbers[:, :-1]), dim=1)  # (needles, T)
-    hidden = model.hidden(texts)[:, -W:].flatten(0, 1)
-    return -token_cross_entropy(hidden, model.lm_head.weight, numbers.flatten()).view(-1, W).mean(1)
-
-
-def summarize_scores(scores):
-    """Average scores (texts, needles), whose first column belongs to the right numbers."""
-    right, wrong = scores[:, 0], scores[:, 1:]
-    accuracy = (right > wrong.amax(1)).float().mean().item()
-    return dict(right=right.mean().item(), wrong=wrong.mean().item(), accuracy=accuracy, chance=1 / scores.size(1))
-
-
-# ---------------------------------------------------------------------------------------------------
 # Plain text: the attention sink, and the RMS of what is read
 
 
@@ -251,8 +119,7 @@ def summarize_windows(windows):
     norms = {}
     for kind in windows[0][1]:
         samples = torch.cat([rms[kind] for _, rms in windows], dim=1)  # (n_layer, windows * H * R)
-        measured = dict(mean=samples.mean(1), minimum=samples.amin(1), percentile_1=samples.quantile(0.01, dim=1))
-        norms[kind] = {name: values.tolist() for name, values in measured.items()}
+        norms[kind] = dict(mean=samples.mean(1).tolist(), minimum=samples.amin(1).tolist())
     return sink, norms
 
 
@@ -309,58 +176,16 @@ def summarize_moments(windows):
 
 
 @torch.no_grad()
-def probe(model, encoding, tokens, length, texts, seed=1):
-    """Measure a model at a context of `length` -> a dict for JSON.
+def probe(model, tokens, length, windows):
+    """Measure a model on so many windows of `length` held-out `tokens` (N,), one at a time -> a dict for JSON.
 
-    It reads `texts` needle texts and as many windows of the held-out `tokens` (N,), one at a time. "bound" is
-    1 / sqrt(n): weights that are positive and sum to 1 over n tokens have no smaller L2 norm. Differences can have one,
-    which is an argument for DIFF V2 (Microsoft, January 2026).
+    "bound" is 1 / sqrt(n): weights that are positive and sum to 1 over n tokens have no smaller L2 norm. Differences
+    can have one, which is an argument for DIFF V2 (Microsoft, January 2026).
     """
     device = model.rope_cos.device
-    ids, spans = needle_texts(encoding, tokens, length, texts, seed)
-    windows = sample_batch(tokens, length, texts, seed, step=0)[0]
+    ids = sample_batch(tokens, length, windows, seed=1, step=0)[0].to(device)
     with autocast(device):
-        shares = [needle_shares(model, *text) for text in zip(ids.to(device), spans)]
-        scores = torch.stack([number_scores(model, *text) for text in zip(ids.to(device), spans)])
-        sink, norms = summarize_windows([window_measures(model, window) for window in windows.to(device)])
-        outliers = summarize_moments([activation_moments(model, window) for window in windows.to(device)])
-    answer_tokens = statistics.mean(stop - start for (start, stop), *_ in spans)
-    return dict(
-        attn=model.config.attn, length=length, texts=texts, seed=seed, answer_tokens=answer_tokens,
-        needle=summarize_shares(shares), retrieval=summarize_scores(scores), sink=sink,
-        context_rms={"bound": length**-0.5, **norms}, outliers=outliers,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def sentence_maps(model, encoding, text, heads=3):
-    """Read the maps of the `heads` in which the subtraction removes most -> the text's tokens and these heads' maps.
-
-    What it removes is min(first, factor * second), summed over all tokens but the first, where many heads rest, and
-    averaged over queries. The head that removes most comes first. Plain attention has none.
-    """
-    ids, device = encoding.encode_ordinary(text), model.rope_cos.device
-    with autocast(device):
-        layers = [maps for maps, _ in layer_maps(model, torch.tensor([ids], device=device), slice(None))]
-    removed = []
-    for layer, maps in enumerate(layers if "first" in layers[0] else []):
-        common = maps["first"] - maps["weights"].clamp(min=0)  # min(a, b) = a - max(a - b, 0)
-        removed += [(amount, layer, head) for head, amount in enumerate(common[0, :, :, 1:].sum(-1).mean(-1).tolist())]
-    chosen = [(layer, head) for _, layer, head in sorted(removed, reverse=True)[:heads]]
-    found = [dict(layer=layer, head=head) | head_maps(layers[layer], head) for layer, head in chosen]
-    return dict(tokens=[encoding.decode([token]) for token in ids], heads=found)
-
-
-def head_maps(maps, head):
-    """One head of a layer's maps (1, H, T, T) as nested lists, and the factor of the last token.
-
-    Keys are factor, first, second and difference; plain attention has first alone.
-    """
-    if "first" not in maps:
-        maps, found = {"first": maps["weights"]}, {}
-    else:
-        found = {"factor": 1 - maps["weights"][0, head, -1].sum().item()}  # since both maps sum to 1
-    for kind, name in (("first", "first"), ("second", "second"), ("weights", "difference")):
-        if kind in maps:
-            found[name] = [[round(weight, 4) for weight in row] for row in maps[kind][0, head].tolist()]
-    return found
+        sink, norms = summarize_windows([window_measures(model, window) for window in ids])
+        outliers = summarize_moments([activation_moments(model, window) for window in ids])
+    context_rms = {"bound": length**-0.5, **norms}
+    return dict(attn=model.config.attn, length=length, sink=sink, context_rms=context_rms, outliers=outliers)

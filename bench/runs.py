@@ -1,15 +1,15 @@
 """The training runs that bench.figures draws. A run is trained once; after that its log is enough.
 
 python -m bench.runs                          # all whose log is not in docs/runs yet
-python -m bench.runs 'curves/*-1' 'rates/*'   # some, by name or pattern
+python -m bench.runs 'curves/*-1' 'sweep/*'   # some, by name or pattern
 python -m bench.runs --list                   # their names
 
 An interrupted run goes on from its last checkpoint in out/runs. The runs of sweep, large and stable take a few minutes,
 save none and begin anew. Several processes share the runs among them, on one GPU or each on its own
-(CUDA_VISIBLE_DEVICES). The tuning runs start from the models of other runs, which have to be finished. The smollm2 runs
-start from SmolLM2-135M-Instruct in out/smollm2 and out/smollm2-v2, which convert.py writes; their data sets end in
--smollm2. The runs of sweep, large, stable, design and retrieval read data/large, whose corpus docs/results.md
-describes. --corpus names the data set of corpus, rates and, with -smollm2 at its end, smollm2.
+(CUDA_VISIBLE_DEVICES). The runs of retrieval and tuning start from the models of large, which have to be finished. The
+smollm2 runs start from SmolLM2-135M-Instruct in out/smollm2 and out/smollm2-v2, which convert.py writes; their data
+sets end in -smollm2. The runs of curves read data/wikitext2, the other pretraining data/large, a corpus that
+docs/results.md describes.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ import sft
 import train
 from bench import reset_memory
 from bench.designs import DESIGNS
-from bench.probes import probe, sentence_maps
+from bench.probes import probe
 from bench.retrieval import Retrieval
 from data.tokenizer import IM_END, IM_START
 from engine import parallel
@@ -54,17 +54,15 @@ from engine.log import Diverged, Log
 from engine.settings import Parser, UserError, run_script
 from model import ATTENTION
 
-SENTENCE = "The dog that chased the cat up the tree sat down under the tree, and the cat looked down at the dog."
 COLUMNS = ("step", "loss", "grad_norm", "accuracy", "margin", "val_loss", "val_accuracy", "val_margin")  # of a kept log
 KINDS = ("vanilla", "v1", "v2")  # a fork's own attention has no place in the report's figures
-LEARNING_RATES = (6e-4, 2e-3, 6e-3)
 SWEEP_RATES = (6e-4, 1.2e-3, 2.4e-3)
 # Of SWEEP_RATES the one with the lowest held-out loss after 500 steps
 BEST_RATE = {"vanilla": 1.2e-3, "v1": 1.2e-3, "v2": 2.4e-3}
 SMOLLM2 = {"vanilla": "out/smollm2/best.pt", "v2": "out/smollm2-v2/best.pt"}
 SMOKE = (  # runs of a smoke test: of each group one seed, or less, and what others start from
-    "curves/*-1", "corpus/*-1", "corpus/v2-2", "rates/*", "tuning/*", "smollm2/*",
-    "sweep/v2-0.0006", "large/*-4", "large/v2-1", "stable/v2-1", "design/v2-1", "design/norm-1", "retrieval/v2-1-*",
+    "curves/*-1", "sweep/v2-0.0006", "large/*-4", "large/v2-1", "stable/v2-1", "design/v2-1", "design/norm-1",
+    "retrieval/v2-1-*", "tuning/*", "smollm2/*",
 )  # fmt: skip
 
 
@@ -117,11 +115,11 @@ class PlannedRun:
 
 BARE = dict(bare=True, compile="off", weight_decay=0.01)
 SHORT = dict(batch_size=8, micro_batch_size=8, max_steps=1000, eval_interval=50, save_interval=500)
-LONG = dict(batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=250, save_interval=500)
 CONTINUED = dict(batch_size=16, micro_batch_size=16, max_steps=1000, eval_interval=50, save_interval=500)
 CONTINUED |= dict(warmup_steps=100)
-# The runs on data/large. Validations are so frequent that the loss can be interpolated between them.
-EPOCH = LONG | dict(dataset="large", eval_interval=50, save_interval=1500)  # as many tokens as it has, drawn at random
+# On data/large: as many tokens as it has, drawn at random. Validations are so frequent that the loss can be
+# interpolated between them.
+EPOCH = dict(dataset="large", batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=50, save_interval=1500)
 THIRD = EPOCH | dict(max_steps=500, eval_interval=100)
 SMALL = dict(n_layer=8, n_embd=384, n_head=6, n_kv_head=3, head_dim=64, n_inner=896, tie_embeddings=True)  # 32.3M
 SMALL |= dict(dataset="large", block_size=512, batch_size=32, micro_batch_size=32, eval_interval=100, eval_windows=256)
@@ -133,41 +131,17 @@ TUNED = {  # by context: half of a step's sequences are needle texts
 
 def pretraining(attn, bare=False, keep="", probe_texts=0, full_log=False, **settings):
     settings = train.Settings(**train.SHAPES["ldiff"][attn], preset="ldiff", attn=attn, **settings)
-    kept = dict(keep=keep, probe_texts=probe_texts, full_log=full_log)
-    return PlannedRun(train.Pretraining, settings, bare=bare, **kept)
+    return PlannedRun(train.Pretraining, settings, bare, keep=keep, probe_texts=probe_texts, full_log=full_log)
 
 
-def planned_runs(corpus, out):
-    """{name: PlannedRun}, with three seeds where curves are compared, and two where final losses are."""
+def planned_runs(out):
+    """{name: PlannedRun}. `out` is the folder of --out, where the models are from which other runs start."""
     runs = {}
     for seed in (1, 2, 3):
         runs[f"curves/vanilla-bare-{seed}"] = pretraining("vanilla", seed=seed, attn_impl="naive", **BARE, **SHORT)
         runs[f"curves/v1-bare-{seed}"] = pretraining("v1", seed=seed, **BARE, **SHORT)
         for attn in KINDS:
             runs[f"curves/{attn}-{seed}"] = pretraining(attn, seed=seed, **SHORT)
-    for seed, attn in itertools.product((1, 2), KINDS):
-        keep = "best" if (attn, seed) == ("v2", 2) else ""  # SFT starts from it
-        plan = pretraining(attn, keep=keep, probe_texts=64, seed=seed, dataset=corpus, **LONG)
-        runs[f"corpus/{attn}-{seed}"] = plan
-    for attn, rate in itertools.product(KINDS, LEARNING_RATES):
-        runs[f"rates/{attn}-{rate:g}"] = pretraining(attn, learning_rate=rate, dataset=corpus, **SHORT)
-    for stage, task_class, settings_class, after in (
-        ("sft", sft.SFT, sft.Settings, "corpus/v2-2"), ("dpo", dpo.DPO, dpo.Settings, "tuning/sft"),
-    ):  # fmt: skip
-        settings = settings_class(preset="ldiff", attn="v2", save_interval=1000, init_from=f"{out}/{after}/best.pt")
-        keep = "best" if stage == "sft" else ""
-        runs[f"tuning/{stage}"] = PlannedRun(task_class, settings, after=after, keep=keep)
-    for (attn, start), rate in itertools.product(SMOLLM2.items(), ("2e-4", "6e-4")):
-        settings = dict(preset="ldiff", attn=attn, init_from=start, dataset=f"{corpus}-smollm2", **CONTINUED)
-        settings = train.Settings(**settings, learning_rate=float(rate))
-        runs[f"smollm2/{attn}-{rate}"] = PlannedRun(train.Pretraining, settings, full_log=True)
-    runs["smollm2/v2-noise-6e-4"] = replace(runs["smollm2/v2-6e-4"], noise=0.1)
-    tuned = dict(preset="ldiff", attn="v2", eval_interval=25)
-    settings = sft.Settings(init_from=SMOLLM2["v2"], dataset="slimorca-smollm2", max_steps=200, **tuned)
-    runs["smollm2/sft"] = PlannedRun(sft.SFT, settings, keep="best", full_log=True)
-    tuned |= dict(init_from=f"{out}/smollm2/sft/best.pt", dataset="orca_dpo_pairs-smollm2", max_steps=100)
-    runs["smollm2/dpo"] = PlannedRun(dpo.DPO, dpo.Settings(**tuned), after="smollm2/sft", keep="best", full_log=True)
-
     for attn, rate in itertools.product(KINDS, SWEEP_RATES):
         runs[f"sweep/{attn}-{rate:g}"] = pretraining(attn, full_log=True, learning_rate=rate, **THIRD)
     for seed, attn in itertools.product((1, 2, 3, 4, 5), KINDS):
@@ -177,11 +151,12 @@ def planned_runs(corpus, out):
     for seed in (4, 5):  # V1's authors keep the width of a head, and halve the number
         settings = replace(runs[f"large/v1-{seed}"].settings, n_head=6, head_dim=128)
         runs[f"large/v1-wide-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
-        # At plain's learning rate, which is V1's, too
-        settings = replace(runs[f"large/v2-{seed}"].settings, learning_rate=BEST_RATE["vanilla"])
-        runs[f"large/v2-low-rate-{seed}"] = replace(runs[f"large/v2-{seed}"], settings=settings)
         settings = replace(runs[f"large/v2-{seed}"].settings, n_kv_layers=6, n_inner=1920)  # at equal parameters
         runs[f"large/v2-shared-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
+    settings = replace(runs["large/v2-4"].settings, learning_rate=BEST_RATE["vanilla"])  # which is V1's, too
+    runs["large/v2-low-rate-4"] = replace(runs["large/v2-4"], settings=settings)
+    settings = replace(runs["large/vanilla-3"].settings, n_head=12, head_dim=64)  # as many maps as V1 and V2
+    runs["large/vanilla-heads-3"] = replace(runs["large/vanilla-3"], settings=settings)
     for seed, attn in itertools.product((1, 2, 3), KINDS):
         kept = dict(probe_texts=64, full_log=True)
         runs[f"stable/{attn}-{seed}"] = pretraining(attn, **kept, seed=seed, learning_rate=2e-3, **THIRD)
@@ -189,8 +164,11 @@ def planned_runs(corpus, out):
         shape = SMALL | dict(n_inner=1024) if attn == "vanilla" else SMALL  # 32.3M, too
         settings = train.Settings(preset="ldiff", attn=attn, seed=seed, **shape)
         runs[f"design/{attn}-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
-    for seed, length, attn in itertools.product((1, 2, 3), TUNED, KINDS):
-        name, after = f"retrieval/{attn}-{seed}", f"large/{attn}-{seed}"
+    for seed, length, kind in itertools.product((1, 2, 3), TUNED, (*KINDS, "vanilla-heads")):
+        name, after = f"retrieval/{kind}-{seed}", f"large/{kind}-{seed}"
+        if after not in runs:  # vanilla-heads has a single seed
+            continue
+        attn = runs[after].settings.attn
         if length == 2048:
             after = f"{name}-512"
         settings = dict(preset="ldiff", attn=attn, init_from=f"{out}/{after}/best.pt", dataset="large", seed=seed)
@@ -198,6 +176,22 @@ def planned_runs(corpus, out):
         settings = train.Settings(**settings, block_size=length, **TUNED[length])
         kept = dict(keep="last" if length == 512 else "", probe_texts=512, full_log=True)
         runs[f"{name}-{length}"] = PlannedRun(Retrieval, settings, after=after, **kept)
+    for stage, task_class, settings_class, after in (
+        ("sft", sft.SFT, sft.Settings, "large/v2-1"), ("dpo", dpo.DPO, dpo.Settings, "tuning/sft"),
+    ):  # fmt: skip
+        settings = settings_class(preset="ldiff", attn="v2", save_interval=1000, init_from=f"{out}/{after}/best.pt")
+        keep = "best" if stage == "sft" else ""
+        runs[f"tuning/{stage}"] = PlannedRun(task_class, settings, after=after, keep=keep)
+    for (attn, start), rate in itertools.product(SMOLLM2.items(), ("2e-4", "6e-4")):
+        settings = dict(preset="ldiff", attn=attn, init_from=start, dataset="large-smollm2", **CONTINUED)
+        settings = train.Settings(**settings, learning_rate=float(rate))
+        runs[f"smollm2/{attn}-{rate}"] = PlannedRun(train.Pretraining, settings, full_log=True)
+    runs["smollm2/v2-noise-6e-4"] = replace(runs["smollm2/v2-6e-4"], noise=0.1)
+    tuned = dict(preset="ldiff", attn="v2", eval_interval=25)
+    settings = sft.Settings(init_from=SMOLLM2["v2"], dataset="slimorca-smollm2", max_steps=200, **tuned)
+    runs["smollm2/sft"] = PlannedRun(sft.SFT, settings, keep="best", full_log=True)
+    tuned |= dict(init_from=f"{out}/smollm2/sft/best.pt", dataset="orca_dpo_pairs-smollm2", max_steps=100)
+    runs["smollm2/dpo"] = PlannedRun(dpo.DPO, dpo.Settings(**tuned), after="smollm2/sft", keep="best", full_log=True)
     return runs
 
 
@@ -297,7 +291,8 @@ def train_run(plan, folder, log, device):
         if plan.task_class is Retrieval:
             measured |= task.measure(plan.probe_texts)
         elif plan.probe_texts:
-            measured |= probe_run(task, plan.probe_texts)
+            tokens = torch.cat([inputs.flatten() for inputs, _ in task.val_batches]).numpy()
+            measured |= probe(task.model, tokens, settings.block_size, plan.probe_texts)
     if plan.full_log and plan.task_class is train.Pretraining and settings.attn == "v2":
         measured["query_distances"] = query_distances(task.model)
     if measured:
@@ -305,15 +300,6 @@ def train_run(plan, folder, log, device):
         with atomic_write(log.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(measured) + "\n", encoding="utf-8")
     keep_log(folder, log, plan.full_log)  # last, since it marks the run as done
-
-
-def probe_run(task, texts):
-    """Measure a trained model with bench.probes, on the text that it was validated on -> a dict for JSON."""
-    tokens = torch.cat([inputs.flatten() for inputs, _ in task.val_batches]).numpy()
-    found = probe(task.model, task.encoding, tokens, task.settings.block_size, texts)
-    with autocast(task.device), torch.no_grad():
-        found["sentence"] = sentence_maps(task.model, task.encoding, SENTENCE)
-    return found
 
 
 def keep_log(folder, path, full=False):
@@ -397,7 +383,6 @@ def train_missing(runs, arguments):
 
 def add_flags(parser):
     """Add the flags that bench.runs and bench.figures share."""
-    parser.add_argument("--corpus", default="docs", help="data set of the longer runs (default: %(default)s)")
     parser.add_argument("--logs", default="docs/runs", help="folder of finished runs' logs (default: %(default)s)")
     parser.add_argument("--out", default="out/runs", help="folder of unfinished runs (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -413,7 +398,7 @@ def parse_runs(parser):
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.out, arguments.logs = f"{arguments.out}/smoke", f"{arguments.out}/smoke/logs"
-    runs = planned_runs(arguments.corpus, arguments.out)
+    runs = planned_runs(arguments.out)
     if arguments.smoke:
         chosen = [name for name in runs if any(fnmatch.fnmatch(name, pattern) for pattern in SMOKE)]
         runs = {name: shrink(runs[name]) for name in chosen}

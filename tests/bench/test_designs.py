@@ -52,7 +52,7 @@ FAR = [(i, i + H) for i in range(H)]
 def test_output(name, n_kv_head):
     variant, v2, x, rope = modules(name, n_kv_head)
     logits = v2.lambda_proj(x)
-    factor = {"plain": torch.ones_like(logits), "half": torch.ones_like(logits) / 2, "raw": logits}
+    factor = {"no-lambda": torch.ones_like(logits), "half": torch.ones_like(logits) / 2, "no-sigmoid": logits}
     y = reference(v2, x, rope, FAR if name == "across" else NEIGHBOURS, factor.get(name, logits.sigmoid()))
     if name == "norm":
         y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -68,11 +68,11 @@ def test_half_is_v2_without_its_projection():
     torch.testing.assert_close(half(x, rope)[0], v2(x, rope)[0])
 
 
-def test_plain_is_v2_where_lambda_is_1():
-    plain, v2, x, rope = modules("plain")
+def test_without_lambda_it_is_v2_where_lambda_is_1():
+    variant, v2, x, rope = modules("no-lambda")
     x[..., 0] = 1
     v2.lambda_proj.weight.zero_()[:, 0] = 50  # whose sigmoid is 1
-    torch.testing.assert_close(plain(x, rope)[0], v2(x, rope)[0])
+    torch.testing.assert_close(variant(x, rope)[0], v2(x, rope)[0])
 
 
 def test_across_is_v2_in_another_order_where_all_heads_share_their_keys():
@@ -88,7 +88,7 @@ def test_the_runs_have_equal_parameters(monkeypatch):
     for name, kind in DESIGNS.items():
         monkeypatch.setitem(ATTENTION, name, kind)
     counts = {}
-    for name, plan in runs.planned_runs("docs", "out").items():
+    for name, plan in runs.planned_runs("out").items():
         if name.startswith("design/") and name.endswith("-1"):
             shape = {field: getattr(plan.settings, field) for field in train.MODEL_FLAGS}
             with torch.device("meta"):

@@ -51,15 +51,16 @@ def write_log(folder, name, losses, speed, accuracies=None):
 def kept(tmp_path_factory):
     """Logs of all runs on data/large.
 
-    At all steps V2 - plain is -0.01 * seed, V1 - plain 0.02, v2-shared - V2 0.04 and v2-low-rate - V2 0.06.
+    At all steps V2 - plain is -0.01 * seed, V1 - plain 0.02, v2-shared - V2 0.04, v2-low-rate - V2 0.06 and
+    vanilla-heads - plain 0.05.
     """
     folder = tmp_path_factory.mktemp("logs")
-    planned = {n: p for n, p in runs.planned_runs("docs", "out").items() if n.split("/")[0] in evidence.FIGURES}
+    planned = {n: p for n, p in runs.planned_runs("out").items() if n.split("/")[0] in evidence.FIGURES}
     rng, falling = np.random.default_rng(1), 5 - 2 * np.arange(31) / 30
     for name, plan in planned.items():
         attn, seed = plan.settings.attn, plan.settings.seed
         change = {"v1": 0.02, "v2": -0.01 * seed, "norm": -0.01 * seed + 0.03}.get(attn, 0)
-        change += dict(shared=0.04, low=0.06).get(name.split("-")[1], 0)
+        change += dict(shared=0.04, low=0.06, heads=0.05).get(name.split("-")[1], 0)
         speed = 250 if "shared" in name else 500 if attn == "v2" else 1000
         write_log(folder, name, falling + seed + change, speed, np.arange(31) / 30)
         kinds = ["weights"] if attn == "vanilla" else ["weights", "first", "second"]
@@ -76,6 +77,9 @@ def kept(tmp_path_factory):
             head = plan.settings.block_size
             measured |= dict(recall=dict(layer=seed, head=head, tokens=["a", "b"], span=[0, 1], **maps))
         else:
+            norms = dict.fromkeys([*kinds, "output"], dict(mean=[0.3, 0.5], minimum=[0.1, 0.01 * seed]))
+            sink = {k: [0.1 * seed, 0.2] for k in kinds}
+            measured |= dict(length=2048, sink=sink, context_rms={"bound": 0.025, **norms})
             layers = [dict(largest=rng.uniform(1, 9, LAYERS).tolist(), kurtosis=[3, 4 + seed, 9]) for _ in range(3)]
             measured |= dict(outliers=dict(zip(evidence.ACTIVATIONS, layers)))
         runs.log_path(folder, name).with_suffix(".json").write_text(json.dumps(measured))
@@ -106,11 +110,12 @@ def test_the_gap_has_the_interval_of_paired_differences(kept, tmp_path, capsys):
     # At half the speed, V2 has taken half of plain's steps, and its loss has yet to fall by 2 * steps / 1500 / 2.
     assert time[3:] == [expected.replace("-0.030", f"{step / 1500 - 0.03:+.3f}") for step in evidence.STEPS]
     assert [row[3] for row in rows if row[0] == "V1, 3 pairs of 128"] == ["+0.020 ± 0.000"] * 2
-    assert [row[1:4] for row in rows if row[0] == "V2, plain's learning rate"][0] == ["2", "steps", "+0.015 ± 0.064"]
+    assert [row[1:4] for row in rows if row[0] == "V2, plain's learning rate"][0] == ["1", "steps", "+0.020"]
+    assert [row[1:4] for row in rows if row[0] == "plain, 12 heads of 64"][0] == ["1", "steps", "+0.050"]
     ends = {row[0]: row[1:3] for row in table(text, "Held-out loss at the end")}
     assert ends["plain"] == ["5", "6.000 ± 1.581"] and ends["V1, 3 pairs of 128"] == ["2", "7.520 ± 0.707"]
     tokens = 21 * 30 * 65536
-    minutes = (12 * 30 * 65536 / 1000 + 7 * 30 * 65536 / 500 + 2 * 30 * 65536 / 250) / 60
+    minutes = (13 * 30 * 65536 / 1000 + 6 * 30 * 65536 / 500 + 2 * 30 * 65536 / 250) / 60
     assert table(text, "Cost") == [["large", "21", f"{tokens / 1e6:.0f}", f"{minutes:.1f}"]]
 
 
@@ -119,8 +124,8 @@ def test_the_picture_of_gaps_begins_after_the_warmup(kept, tmp_path, monkeypatch
     monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
     evidence.large(*kept, tmp_path)
     for axis in figures[0].axes:
-        curves = [line for line in axis.get_lines() if line.get_label().endswith(("n = 5", "n = 2"))]
-        assert len(curves) == 4 and all(line.get_xdata()[0] == 200 for line in curves)
+        curves = [line for line in axis.get_lines() if "n = " in line.get_label()]
+        assert len(curves) == 5 and all(line.get_xdata()[0] == 200 for line in curves)
         assert len(axis.collections) == 2  # bands of V1 and V2, of which there are five
     norms = {row[0]: row[1:] for row in table(capsys.readouterr().out, "Gradient norm")}
     assert norms["V2"] == ["0, 0, 0, 0, 0", "0.0, 0.0, 0.0, 0.0, 0.0"]  # these logs have 30 rows
@@ -148,32 +153,93 @@ def test_one_seed_has_no_interval(kept, tmp_path, capsys):
 def test_designs_are_compared_with_v2(kept, tmp_path, capsys):
     evidence.design(*kept, tmp_path)
     rows = {row[0]: row[1:] for row in table(capsys.readouterr().out, "V2 taken apart")}
-    assert list(rows) == ["v2", "vanilla", "across", "plain", "half", "raw", "norm"]
-    assert rows["norm"][2] == "+0.030 ± 0.000" and rows["half"][2] == "+0.020 ± 0.025" and rows["v2"][2] == ""
+    assert list(rows) == ["V2", "plain", "across", "no-lambda", "half", "no-sigmoid", "norm"]
+    assert rows["norm"][2] == "+0.030 ± 0.000" and rows["half"][2] == "+0.020 ± 0.025" and rows["V2"][2] == ""
 
 
 def test_retrieval(kept, tmp_path, capsys):
     evidence.retrieval(*kept, tmp_path)
     text = capsys.readouterr().out
-    rows = table(text, "Retrieval: texts answered right")
-    assert len(rows) == 6 and all(row[2:] == ["3", *["0.800 ± 0.248"] * 5] for row in rows)  # 0.9, 0.8 and 0.7
+    rows = table(text, "Retrieval: share of texts answered right")
+    assert [row[:2] for row in rows[:4]] == [[name, "512"] for name in ("plain", "V1", "V1 minus plain", "V2")]
+    shares = [row[2:] for row in rows if "minus" not in row[0]]
+    assert shares[:6] == [["3", *["0.800 ± 0.248"] * 5]] * 6  # 0.9, 0.8 and 0.7
+    differences = [row[2:] for row in rows if "minus plain" in row[0]]
+    assert differences[:4] == [["3", *["+0.000 ± 0.000"] * 5]] * 4
+    assert len(shares) == 8 and differences[4:] == [["1", *["+0.000"] * 5]] * 2  # of plain with 12 heads, seed 3
     model = next(row for row in table(text, "Retrieval, model by model") if row[0] == "v2-1-512")
     assert model[1:] == ["450", "500", "0.900", "0.871 to 0.923", "1400"]
     shares = next(row for row in table(text, "Shares") if row[:3] == ["V1", "2048", "first"])
     assert shares[3:] == ["0.2000 ± 0.0000", "0.1000 ± 0.0000", "0.1000 ± 0.0000", "0.6000 ± 0.0000", "0.500 ± 0.621"]
 
 
+def test_retrieval_is_compared_at_the_same_seed(kept):
+    """V1's first seed and plain's second and third are missing; plain has 0.7 in the third, V1 0.6."""
+    found = evidence.read_retrieval(*kept)
+    v1, plain = found["v1", 512], found["vanilla", 512]
+    v1[3]["accuracy"]["8"]["right"] = [60] * 5
+    found = {("vanilla", 512): {1: plain[1], 3: plain[3]}, ("v1", 512): {2: v1[2], 3: v1[3]}}
+    *_, difference = evidence.accuracy_rows(found)
+    assert [*difference.values()] == ["V1 minus plain", 512, 1, *["+0.000"] * 4, "-0.100"]
+
+
+def test_bars_from_the_lowest_to_the_highest_seed():
+    below, above = evidence.seed_range(np.array([[0.2, 1.0], [0.3, 1.0], [0.7, 1.0]]))
+    assert below == pytest.approx([0.2, 0]) and above == pytest.approx([0.3, 0])
+
+
+def test_the_picture_of_retrieval(kept, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
+    evidence.retrieval(*kept, tmp_path)
+    learning, depths, counts, shares = figures[0].axes
+    assert learning.get_title().startswith("512 tokens, 6 numbers") and shares.get_title().startswith("2048 tokens")
+    assert [line.get_ydata()[-1] for line in learning.get_lines()] == [1.0] * 4  # the last validation of these logs
+    assert learning.get_lines()[0].get_xdata()[-1] == 1500
+    assert len(depths.containers) == len(counts.containers) == 8 and len(shares.containers) == 4 + 4  # and their bars
+    assert shares.containers[1].patches[0].get_height() == pytest.approx(0.2)  # the answer's, in the mean of layers
+
+
+def test_the_inside_of_the_models(kept, tmp_path, monkeypatch, capsys):
+    figures = []
+    monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
+    evidence.inside(*kept, tmp_path)
+    text = capsys.readouterr().out
+    norms = {row[0]: row[1:] for row in table(text, "Norm of a query's weights")}
+    five = ["0.400 ± 0.000", "0.0100"]
+    assert norms["V2"] == ["5", *five * 3, "1, 1, 0, 0, 0"]  # 0.01 and 0.02 are below 0.025
+    assert norms["plain"] == ["5", "", "", *five * 2, "1, 1, 0, 0, 0"]
+    sinks = table(text, "Attention sink")
+    assert [row[2] for row in sinks if row[0] == "V1"] == ["difference", "first", "second"]
+    # The means of two layers are 0.15 to 0.35; layer 0 has 0.3 in the mean of five seeds.
+    assert sinks[0] == ["plain", "5", "weights", "0.25000 ± 0.07906", "0.3000", "0"]
+    lowest = [line.get_ydata()[1] for line in figures[0].axes[1].get_lines() if line.get_linestyle() == ":"]
+    assert lowest == [0.01, 0.01, 0.01, 0.04, 0.03]  # the last two are seed 4 and 3 of a variant
+
+
+def test_lambda_of_the_first_seeds(kept, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
+    folder, planned = kept
+    evidence.lambdas(folder, planned, tmp_path)
+    evidence.lambdas(folder, {n: p for n, p in planned.items() if p.settings.attn == "v2"}, tmp_path)
+    evidence.lambdas(folder, {n: p for n, p in planned.items() if p.settings.attn == "vanilla"}, tmp_path)
+    titles = [[axis.get_title() for axis in figure.axes if axis.get_title()] for figure in figures]
+    assert titles == [["V1", "V2"], ["V2"]]
+    assert all(len(axis.get_lines()) == 2 for axis in figures[0].axes if axis.get_title())  # layers
+
+
 def test_outliers(kept, tmp_path, capsys):
     evidence.outliers("large", *kept, tmp_path)
     rows = table(capsys.readouterr().out, "Outliers by layer in the runs `large`")
-    names = ["plain", "V1", "V2", "V2, plain's learning rate"]
-    assert len(rows) == 12 and [tuple(row[1:3]) for row in rows[:4]] == [*zip(names, "5552")]
+    names = ["plain", "plain, 12 heads of 64", "V1", "V2", "V2, plain's learning rate"]
+    assert len(rows) == 15 and [tuple(row[1:3]) for row in rows[:5]] == [*zip(names, "51551")]
     five = ["7.0 ± 2.0", "9.0 ± 0.0", "2, 2, 2, 2, 1"]  # the medians are 5 to 9
     assert all(row[6:] == five for row in rows if row[2] == "5")
-    assert rows[3][6:] == ["8.0, 9.0", "9.0, 9.0", "2, 1"]  # of seeds 4 and 5
+    assert rows[1][6:] == ["7.0", "9.0", "2"]  # of seed 3
 
 
-def test_rates(kept, tmp_path, capsys):
+def test_stability(kept, tmp_path, capsys):
     for group, title in (("sweep", "Stability of the same runs"), ("stable", "Stability at 2e-3")):
         for draw in evidence.FIGURES[group]:
             draw(*kept, tmp_path)
@@ -188,7 +254,7 @@ def test_maps_of_the_head_that_finds_the_answer(kept, tmp_path, monkeypatch):
     evidence.recall_maps(*kept, tmp_path)
     titles = [axis.get_title() for axis in figures[0].axes if axis.get_images()]
     plain, *v1 = titles[:4]
-    assert len(titles) == 7 and plain == "plain, layer 1, head 512: its only map"  # seed 1
+    assert len(titles) == 8 and plain == "plain, layer 1, head 512: its only map"  # seed 1
     kinds = ("A1", "A2", "A1 - 0.25 A2 (lambda of the last query)")
     assert v1 == [f"V1, layer 1, head 512: {kind}" for kind in kinds]
     drawn = [axis.get_images()[0].get_array()[1].tolist() for axis in figures[0].axes if axis.get_title()]
@@ -212,7 +278,7 @@ def test_pictures_are_light(kept, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "save", lambda figure, path: (drawn.append(path.name), logs.save(figure, path)))
     for draw in itertools.chain(*evidence.FIGURES.values()):
         draw(*kept, tmp_path)
-    names = ["large", "outliers-large", "outliers-stable", "retrieval", "recall"]
+    names = ["large", "lambdas", "attention", "outliers-large", "outliers-stable", "retrieval", "recall"]
     assert drawn == [f"{name}.png" for name in names]
     assert all(5_000 < (tmp_path / name).stat().st_size < 60_000 for name in drawn)
 
@@ -225,15 +291,15 @@ def test_runs_without_logs_are_not_trained_but_said_to_be_missing(monkeypatch, t
     }
     monkeypatch.setattr(figures, "FIGURES", fakes)
     monkeypatch.setattr(figures, "train_missing", lambda runs, arguments: trained.append(len(runs)))
-    done = ["large/v2-4", "curves/v1-1", *(name for name in runs.planned_runs("docs", "out") if "rates/" in name)]
+    done = ["large/v2-4", "curves/v1-1", "tuning/sft", "tuning/dpo"]
     for name in done:
         runs.log_path(tmp_path, name).touch()
     monkeypatch.setattr("sys.argv", ["figures", "--logs", str(tmp_path)])
     figures.main()
     text = capsys.readouterr().out
-    assert drawn == dict(rates=done[2:], large=done[:1]) and not trained
+    assert drawn == dict(tuning=done[2:], large=done[:1]) and not trained
     assert f"large: 20 of 21 runs have no log; python -m bench.runs --logs {tmp_path} 'large/*' trains them" in text
-    assert "curves: 14 of 15 runs" in text and "rates:" not in text
+    assert "curves: 14 of 15 runs" in text and "tuning:" not in text
     drawn.clear()
     monkeypatch.setattr("sys.argv", ["figures", "--logs", str(tmp_path), "--only", "large", "design"])
     figures.main()
@@ -269,3 +335,15 @@ def test_tables_of_a_few_runs(kept, tmp_path, capsys):
     assert [row[:2] for row in table(text, "Held-out loss at the end")] == [["plain", "1"], ["V2", "1"]]
     for title in ("Held-out loss minus plain's", "V2 with shared keys", "V2 taken apart"):
         assert title not in text
+
+
+def test_the_attention_sink_by_layer_and_kind_of_weights():
+    probes = {
+        "vanilla": [dict(sink=dict(weights=[0.1, 0.4])), dict(sink=dict(weights=[0.3, 0.2]))],
+        "v1": [dict(sink=dict(weights=[0.1, 0.0], first=[0.0, 0.5]))],
+    }
+    plain, difference, first = evidence.sink_rows(probes)
+    assert (plain["weights"], plain["mean"], plain["highest"]) == ("weights", "0.25000 ± 0.00000", "0.3000")
+    assert plain["in layer"] == 1
+    assert (difference["weights"], difference["mean"], difference["in layer"]) == ("difference", "0.05000", 0)
+    assert (first["weights"], first["highest"], first["in layer"]) == ("first", "0.5000", 1)

@@ -1,21 +1,43 @@
-"""bench/retrieval.py: its batches, its loss, and its test against greedy decoding."""
+"""bench/retrieval.py: its texts, its batches, its loss, and its test against greedy decoding."""
 
 import json
+import math
 import re
+import statistics
 import types
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 
 import train
-from bench.probes import CITIES, PARTS, layer_maps
-from bench.retrieval import HELD_OUT, TAUGHT, Retrieval
+from bench import retrieval
+from bench.probes import layer_maps
+from bench.retrieval import (
+    CITIES,
+    HELD_OUT,
+    PARTS,
+    TAUGHT,
+    Retrieval,
+    draw_numbers,
+    needle_shares,
+    needle_size,
+    needle_texts,
+    needles_fit,
+    summarize_shares,
+)
+from data.tokenizer import get_tokenizer
 from data.write import write_dataset
 from engine.generate import Decoder
 from model import GPT, GPTConfig
 
+BYTES = get_tokenizer("bytes")
+# Bytes and most pairs of digits. As with GPT-2's BPE, numbers with equally many digits differ in their number of ids.
+PAIRS = {**{bytes([i]): i for i in range(256)}, **{b"%02d" % i: 256 + i for i in range(100) if i % 7}}
+MERGING = tiktoken.Encoding("pairs", pat_str=r" ?\d+|[^\d]+", mergeable_ranks=PAIRS, special_tokens={})
+TEXT = np.frombuffer(b"the quick brown fox jumps over the lazy dog, " * 60, dtype=np.uint8).astype(np.uint16)
 SHAPE = dict(preset="tiny", block_size=160, n_layer=2, n_embd=32, n_head=2, head_dim=16, n_inner=48, device="cpu")
 SHAPE |= dict(batch_size=4, micro_batch_size=2, max_steps=4, warmup_steps=1, eval_interval=2, save_interval=2)
 NEEDLE = re.compile(r" The magic number of (\w+) is (\d+)\.")
@@ -37,6 +59,114 @@ def task(settings):
 
 def decode(task, ids):
     return task.encoding.decode(ids.tolist(), errors="replace")
+
+
+# ------------------------------------------------------------------------------------- needle texts
+
+
+def texts(count, length, encoding=BYTES):
+    """Needle texts of the usual size, about any cities."""
+    return needle_texts(encoding, TEXT, length, count, needle_size(encoding.encode_ordinary, length), CITIES)
+
+
+@pytest.mark.parametrize("encoding, length", [(BYTES, 128), (BYTES, 512), (MERGING, 300)])
+def test_needles_are_where_the_spans_say(encoding, length):
+    count, digits = needle_size(encoding.encode_ordinary, length)
+    ids, spans = texts(20, length, encoding)
+    assert ids.shape == (20, length) and ids.dtype == torch.int64 and len(spans) == 20
+    for text, (answer, *others) in zip(ids.tolist(), spans):
+        whole = encoding.decode(text)
+        numbers = [encoding.decode(text[start:stop]) for start, stop in (answer, *others)]
+        assert len(set(numbers)) == count and len({stop - start for start, stop in (answer, *others)}) == 1
+        assert all(len(number) == digits + 1 and number[0] == " " and number[1:].isdigit() for number in numbers)
+        asked = whole.rsplit(" The magic number of ", 1)[1].removesuffix(" is")
+        for (start, stop), number in zip((answer, *others), numbers):
+            city = encoding.decode(text[:start]).rsplit(" The magic number of ", 1)[1].removesuffix(" is")
+            assert (city == asked) == ((start, stop) == answer)
+            assert encoding.decode(text[stop:]).startswith(".")
+            whole = whole.replace(f" The magic number of {city} is{number}.", "", 1)
+        filler = whole.removesuffix(f" The magic number of {asked} is")
+        assert len(filler) < len(whole) and filler in bytes(TEXT.astype(np.uint8)).decode()  # there is nothing else
+        first_needle = encoding.decode(text).index(" The magic")
+        assert first_needle >= answer[1] - answer[0]  # so many tokens are cut off
+
+
+def test_needle_texts_are_always_the_same():
+    (one, spans), (same, same_spans) = texts(5, 256), texts(5, 256)
+    assert torch.equal(one, same) and spans == same_spans
+    assert len({tuple(text) for text in one.tolist()}) == 5
+    assert len({text[0] for text in spans}) > 1  # the answer is not always at the same place
+
+
+def test_needles_of_a_size_about_given_cities():
+    cities = ("Kobe", "Lima", "Oslo")
+    ids, spans = needle_texts(BYTES, TEXT, 256, 9, (3, 4), cities)
+    for text, found in zip(ids.tolist(), spans):
+        named = [word.split(" is")[0] for word in BYTES.decode(text).split(" The magic number of ")[1:]]
+        assert sorted(named[:-1]) == sorted(cities) and named[-1] in cities
+        assert [stop - start for start, stop in found] == [5] * 3
+    width = len(" The magic number of Athens is")
+    for count in (2, 3, 7):
+        longest = count * (width + 1 + 4 + 1) + width
+        assert needles_fit(BYTES.encode_ordinary, math.ceil(longest * 8 / 7), count, 4)
+        assert not needles_fit(BYTES.encode_ordinary, math.ceil(longest * 8 / 7) - 1, count, 4)
+
+
+def test_any_needle_may_be_asked_for_and_be_anywhere():
+    _, spans = texts(60, 512)
+    ranks = [sorted(text).index(text[0]) for text in spans]
+    assert set(ranks) == set(range(6))
+    starts = [start for text in spans for start, _ in text]
+    assert min(starts) < 60 and max(starts) > 430
+
+
+def test_too_short_a_text_is_refused():
+    encode = BYTES.encode_ordinary
+    shortest = next(length for length in range(200) if 7 / 8 * length >= 2 * (30 + 5) + 30)
+    assert needle_size(encode, shortest) == (2, 3) and needle_size(encode, 2048) == (6, 7)
+    with pytest.raises(ValueError, match="no room"):
+        needle_size(encode, shortest - 1)
+    with pytest.raises(ValueError, match="128 tokens are too few"):
+        needle_texts(BYTES, TEXT[:128], 128, 2, (2, 3), CITIES)
+    assert texts(40, shortest)[0].shape == (40, shortest)
+
+
+def test_numbers_have_the_same_length():
+    encode, rng = MERGING.encode_ordinary, np.random.default_rng(0)
+    lengths = [len(encode(f" {number}")) for number in rng.integers(10**6, 10**7, size=300)]
+    for count in (2, 6):
+        numbers = draw_numbers(rng, encode, count, 7)
+        assert len(numbers) == len({tuple(number) for number in numbers}) == count
+        assert {len(number) for number in numbers} == {statistics.mode(lengths)}
+    assert len(set(lengths)) > 2
+    assert sorted(draw_numbers(rng, encode, 9, 1)) == [[32, 48 + digit] for digit in range(1, 10)]  # each once
+
+
+def test_shares_of_every_part(monkeypatch):
+    """Tokens 2 and 3 are the answer, 5 and 7 are others; the weights are 0.1 -0.1 0.4 0.1 0 0.1 0 -0.1 0.1."""
+    first = torch.tensor([[0.1, 0.0, 0.5, 0.1, 0.0, 0.2, 0.0, 0.0, 0.1]])
+    second = torch.tensor([[0.0, 0.2, 0.2, 0.0, 0.0, 0.2, 0.0, 0.2, 0.0]])
+    maps = {"weights": first - 0.5 * second, "first": first, "second": second}
+    layers = [({kind: map_[None, None] for kind, map_ in maps.items()}, None)]  # of one layer with one head
+    monkeypatch.setattr(retrieval, "layer_maps", lambda model, idx, rows: layers)
+    found = needle_shares(None, torch.arange(9), [(2, 4), (7, 8), (5, 6)])
+    expected = {"weights": [0.5, 0.2, 0.1, 0.2], "first": [0.6, 0.2, 0.1, 0.1], "second": [0.25, 0.5, 0.0, 0.25]}
+    for kind, shares in expected.items():
+        torch.testing.assert_close(found[kind], torch.tensor([[shares]]))
+
+
+def test_layer_head_and_part_of_a_share():
+    """Texts are averaged before the best head is chosen."""
+    one, two = torch.full((2, 3, 4), 0.25), torch.full((2, 3, 4), 0.25)
+    one[1, 2], one[0, 1] = torch.tensor([0.7, 0.1, 0.2, 0.0]), torch.tensor([1.0, 0.0, 0.0, 0.0])
+    two[1, 2], two[0, 1] = torch.tensor([0.9, 0.0, 0.0, 0.1]), torch.tensor([0.0, 0.0, 0.0, 1.0])
+    found = summarize_shares([{"weights": one}, {"weights": two}])["weights"]
+    assert found["best_head"] == dict(layer=1, head=2, answer=pytest.approx(0.8))
+    assert found["answer"] == pytest.approx([(0.25 + 0.5 + 0.25) / 3, (0.25 + 0.25 + 0.8) / 3])
+    assert found["others"] == pytest.approx([(0.25 + 0.0 + 0.25) / 3, (0.25 + 0.25 + 0.05) / 3])
+
+
+# ------------------------------------------------------------------------------------- the task
 
 
 def test_cities_of_the_test_are_held_out():

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import bench
 import train
-from bench import evidence, figures, runs, table2
+from bench import evidence, figures, logs, runs, table2
 from bench.retrieval import Retrieval
 from data.write import write_dataset
 from engine import log
@@ -57,36 +57,34 @@ def train_run(plan, folder, log):
 
 
 def test_the_runs_are_those_of_the_report():
-    planned = {
-        n: p for n, p in runs.planned_runs("docs", "out/runs").items() if n.split("/")[0] not in evidence.FIGURES
-    }
-    assert len(planned) == 5 * 3 + 3 * 2 + 3 * 3 + 2 + (2 * 2 + 1) + 2
+    whole = runs.planned_runs("out/runs")
+    planned = {name: plan for name, plan in whole.items() if name.split("/")[0] not in evidence.FIGURES}
+    assert len(planned) == 5 * 3 + 2 + (2 * 2 + 1) + 2
     for name, plan in planned.items():
         s = plan.settings
         tokens = s.batch_size * getattr(s, "block_size", 0)
-        if name.startswith(("curves/", "rates/")):
+        if name.startswith("curves/"):
             assert (tokens, s.max_steps, s.warmup_steps) == (8 * 2048, 1000, 200)
-        if name.startswith("corpus/"):
-            assert (tokens, s.max_steps, s.dataset) == (65536, 1500, "docs")
         assert s.attn == ("v2" if name.endswith(("/sft", "/dpo")) else name.split("/")[1].split("-")[0])
         assert plan.bare == ("bare" in name)
     naive = {name for name, plan in planned.items() if plan.settings.attn_impl == "naive"}
     assert naive == {f"curves/vanilla-bare-{seed}" for seed in (1, 2, 3)}
     assert planned["tuning/sft"].settings.max_steps == 1000 and planned["tuning/dpo"].settings.max_steps == 625
-    for stage, before in (("sft", "corpus/v2-2"), ("dpo", "tuning/sft")):
+    for stage, before, kept in (("sft", "large/v2-1", "last"), ("dpo", "tuning/sft", "best")):
         plan = planned[f"tuning/{stage}"]
-        assert plan.after == before and planned[before].keep == "best"
+        assert plan.after == before and whole[before].keep == kept
         assert plan.settings.init_from == f"out/runs/{before}/best.pt"
 
 
 def test_the_runs_on_the_large_corpus():
-    planned = runs.planned_runs("docs", "out/runs")
+    planned = runs.planned_runs("out/runs")
     groups = {group: {n: p for n, p in planned.items() if n.startswith(f"{group}/")} for group in evidence.FIGURES}
     counts = {group: len(plans) for group, plans in groups.items()}
-    assert counts == dict(sweep=3 * 3, large=3 * 5 + 6, stable=3 * 3, design=7 * 3, retrieval=3 * 3 * 2)
+    assert counts == dict(sweep=3 * 3, large=3 * 5 + 6, stable=3 * 3, design=7 * 3, retrieval=(3 * 3 + 1) * 2)
     for name, plan in itertools.chain(*(plans.items() for plans in groups.values())):
         s = plan.settings
-        group, kind, seed = re.fullmatch(r"(\w+)/(\w+)(?:-wide|-shared|-low-rate)?-([\d.]+)(?:-\d+)?", name).groups()
+        pattern = r"(\w+)/(.+?)(?:-wide|-shared|-low-rate|-heads)?-([\d.]+)(?:-\d+)?"
+        group, kind, seed = re.fullmatch(pattern, name).groups()
         assert (s.attn, s.dataset, plan.full_log) == (kind, "large", True)
         assert group == "sweep" or s.seed == int(seed)
         if group in ("sweep", "large", "stable"):
@@ -97,6 +95,8 @@ def test_the_runs_on_the_large_corpus():
         assert plan.probe_texts == (0 if "wide" in name or "shared" in name else 64)
     wide, usual = (planned[f"large/{kind}-4"].settings for kind in ("v1-wide", "v1"))
     assert (wide.n_head, wide.head_dim) == (6, 128) and replace(wide, n_head=12, head_dim=64) == usual
+    heads, usual = (planned[f"large/{kind}-3"].settings for kind in ("vanilla-heads", "vanilla"))
+    assert (heads.n_head, heads.head_dim) == (12, 64) and replace(heads, n_head=6, head_dim=128) == usual
     slow, shared, usual = (planned[f"large/{kind}-4"].settings for kind in ("v2-low-rate", "v2-shared", "v2"))
     assert replace(slow, learning_rate=usual.learning_rate) == usual
     assert shared.n_kv_layers == 6 and replace(shared, n_kv_layers=0, n_inner=shared.n_inner - 256) == usual
@@ -117,7 +117,7 @@ def test_a_small_test_has_some_of_every_group_and_what_they_start_from(tmp_path,
     parser = Parser("")
     runs.add_flags(parser)
     _, chosen = runs.parse_runs(parser)
-    whole = runs.planned_runs("docs", "out")
+    whole = runs.planned_runs("out")
     assert {name.split("/")[0] for name in chosen} == {name.split("/")[0] for name in whole} and len(chosen) < 50
     assert all(plan.after in chosen for plan in chosen.values() if plan.after)
     assert {f"large/{attn}-4" for attn in (*runs.KINDS, "v1-wide")} <= chosen.keys()
@@ -125,14 +125,14 @@ def test_a_small_test_has_some_of_every_group_and_what_they_start_from(tmp_path,
 
 def test_the_runs_of_smollm2():
     """They are planned without its files."""
-    planned = {name: plan for name, plan in runs.planned_runs("docs", "out/runs").items() if "smollm2/" in name}
+    planned = {name: plan for name, plan in runs.planned_runs("out/runs").items() if "smollm2/" in name}
     assert all(plan.full_log and not plan.bare for plan in planned.values())
     for kind in ("vanilla-2e-4", "vanilla-6e-4", "v2-2e-4", "v2-6e-4", "v2-noise-6e-4"):
         plan = planned.pop(f"smollm2/{kind}")
         s = plan.settings
         assert (s.batch_size, s.micro_batch_size, s.block_size) == (16, 16, 2048)
         assert (s.max_steps, s.warmup_steps) == (1000, 100)
-        assert (s.eval_interval, s.eval_windows, s.seed, s.dataset) == (50, 64, 1, "docs-smollm2")
+        assert (s.eval_interval, s.eval_windows, s.seed, s.dataset) == (50, 64, 1, "large-smollm2")
         assert s.learning_rate == float(kind[-4:]) and plan.noise == (0.1 if "noise" in kind else 0)
         assert s.init_from == ("out/smollm2/best.pt" if "vanilla" in kind else "out/smollm2-v2/best.pt")
     first, second = planned.pop("smollm2/sft"), planned.pop("smollm2/dpo")
@@ -351,7 +351,7 @@ def test_a_model_is_kept_where_another_run_starts_from_it(plan, tmp_path, keep, 
 
 
 def test_small_runs_are_about_the_same_thing():
-    for plan in runs.planned_runs("docs", "out").values():
+    for plan in runs.planned_runs("out").values():
         small = runs.shrink(plan)
         micro_batches = [p.settings.batch_size // p.settings.micro_batch_size for p in (small, plan)]
         assert micro_batches[0] == micro_batches[1]
@@ -363,14 +363,14 @@ def test_small_runs_are_about_the_same_thing():
 
 
 def test_spikes_are_found_against_the_median_before():
-    assert figures.spikes(np.ones(50)) == []
+    assert logs.spikes(np.ones(50)) == []
     norms = np.ones(300)
     norms[[120, 250]] = 10.5
     norms[200] = 9.9
-    assert figures.spikes(norms) == [120, 250]
+    assert logs.spikes(norms) == [120, 250]
     risen = np.concatenate((np.ones(10), np.full(200, 20.0)))  # a higher level is a spike until it is the median
-    assert figures.spikes(risen) == list(range(10, 20))
-    assert figures.spikes(np.array([1.0, 1.0, np.nan, 1.0, 11.0])) == [4]
+    assert logs.spikes(risen) == list(range(10, 20))
+    assert logs.spikes(np.array([1.0, 1.0, np.nan, 1.0, 11.0])) == [4]
 
 
 def test_smoothing_and_deviation():
@@ -407,18 +407,6 @@ def test_gradient_norms_seed_by_seed():
     assert figures.norm_row("run", [full])["spikes"] == "2"
 
 
-def test_the_attention_sink_by_layer_and_kind_of_weights():
-    probes = {
-        "vanilla": [dict(sink=dict(weights=[0.1, 0.4])), dict(sink=dict(weights=[0.3, 0.2]))],
-        "v1": [dict(sink=dict(weights=[0.1, 0.0], first=[0.0, 0.5]))],
-    }
-    plain, difference, first = figures.sink_rows(probes)
-    assert (plain["weights"], plain["mean"], plain["highest"]) == ("weights", "0.25000 ± 0.00000", "0.3000")
-    assert plain["in layer"] == 1
-    assert (difference["weights"], difference["mean"], difference["in layer"]) == ("difference", "0.05000", 0)
-    assert (first["weights"], first["highest"], first["in layer"]) == ("first", "0.5000", 1)
-
-
 def test_a_picture_makes_its_folder(tmp_path):
     figure, axis = figures.plt.subplots()
     axis.plot([1, 2], label="line")
@@ -429,14 +417,14 @@ def test_a_picture_makes_its_folder(tmp_path):
 
 def test_stability_of_a_run():
     settings = train.Settings(max_steps=6, warmup_steps=2)
-    row = figures.stability_row(log_of([5, 4, 3, 3, 2, 2], [9, 1, 1, 3, np.inf, 1], [np.nan] * 5 + [2.5]), settings)
+    row = logs.stability_row(log_of([5, 4, 3, 3, 2, 2], [9, 1, 1, 3, np.inf, 1], [np.nan] * 5 + [2.5]), settings)
     assert (row["highest norm"], row["after the warmup"]) == ("inf", "inf") and row["skipped steps"] == 1
     assert (row["spikes"], row["held-out"], row["diverged"]) == (0, "2.500", "no")
-    assert figures.stability_row(log_of([5, 4]), settings)["diverged"] == "step 2"
+    assert logs.stability_row(log_of([5, 4]), settings)["diverged"] == "step 2"
     full = log_of([np.nan, 5, 4, 3, 3, 2, 2], [np.nan, 9, 1, 1, 3, np.inf, 1], [6] + [np.nan] * 5 + [2.5])
     full["step"] = np.arange(7)
-    assert figures.stability_row(full, settings) == row
-    assert figures.stability_row(log_of([1] * 6, val_loss=[np.nan] * 6), settings)["diverged"] == "step 6"
+    assert logs.stability_row(full, settings) == row
+    assert logs.stability_row(log_of([1] * 6, val_loss=[np.nan] * 6), settings)["diverged"] == "step 6"
 
 
 def test_a_small_test_does_without_smollm2(tmp_path, monkeypatch):
@@ -445,7 +433,7 @@ def test_a_small_test_does_without_smollm2(tmp_path, monkeypatch):
     runs.add_flags(parser)
     _, planned = runs.parse_runs(parser)
     starts = {name: plan.settings.init_from for name, plan in planned.items() if name.startswith("smollm2/")}
-    assert len(starts) == 7 and starts.pop("smollm2/sft") == f"{tmp_path}/smoke/corpus/v2-2/best.pt"
+    assert len(starts) == 7 and starts.pop("smollm2/sft") == f"{tmp_path}/smoke/large/v2-1/best.pt"
     assert starts.pop("smollm2/dpo") == f"{tmp_path}/smoke/smollm2/sft/best.pt" and not any(starts.values())
 
 
@@ -497,7 +485,7 @@ def test_start_end_speed_and_lambda_of_a_run_of_smollm2():
 def test_pictures_and_tables_of_all_runs(tmp_path, capsys):
     """Kept logs are enough for them."""
     old = figures.FIGURES.keys() - evidence.FIGURES.keys()
-    planned = {n: runs.shrink(p) for n, p in runs.planned_runs("docs", "out").items() if n.split("/")[0] in old}
+    planned = {n: runs.shrink(p) for n, p in runs.planned_runs("out").items() if n.split("/")[0] in old}
     for name in planned:
         columns = [c for c in runs.COLUMNS if name.endswith("/dpo") or "accuracy" not in c and "margin" not in c]
         columns += ["tokens_per_s"] * planned[name].full_log
@@ -509,16 +497,13 @@ def test_pictures_and_tables_of_all_runs(tmp_path, capsys):
         path.write_text("\n".join(lines) + "\n")
         if name.startswith("smollm2/v2"):
             path.with_suffix(".json").write_text('{"query_distances": [0.1, 0.2]}')
-    without_probes = set(itertools.chain(*map(figures.FIGURES.get, old))) - {figures.inside, figures.maps}
-    for draw in without_probes:
+    for draw in itertools.chain(*map(figures.FIGURES.get, old)):
         draw(tmp_path, planned, tmp_path)
     text = capsys.readouterr().out
-    for seeds in (3, 2):  # of curves, at the lowest, and of corpus, at the end
-        assert f"| V1 | {seeds} | 0.500 ± 0.000 | 1.65 ± 0.00 | +0.000 ± 0.000 |" in text
-    assert "| 2e-3 | V2 | 0 | 0 | 0.50 | 0.50 | 0.500 | 0.500 | no |" in text
+    assert "| V1 | 3 | 0.500 ± 0.000 | 1.65 ± 0.00 | +0.000 ± 0.000 |" in text
     assert "| V2 with noise, 6e-4 | 0.250 (0.200 to 0.300) | 0.250 (0.200 to 0.300) | 0.150 (0.100 to 0.200) |" in text
     assert "| DPO | 4 | 0.8000 | 0.5000 | 0.5000 | 0.500 | 0.500 |" in text
-    for name in ("curves", "tuning", "stability", "lambdas", "smollm2"):
+    for name in ("curves", "tuning", "smollm2"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
