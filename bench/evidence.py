@@ -58,11 +58,11 @@ def with_interval(values, digits=3, sign=""):
     return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
 
-def wilson(right, n, z=1.96):
-    """Wilson's 95 % interval of a proportion -> its ends."""
-    p = right / n
-    middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+def over_seeds(values, digits=3):
+    """with_interval() of three seeds and more; of fewer their values, since two have 12.7 standard errors."""
+    if len(values) > 2:
+        return with_interval(values, digits)
+    return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
 def pairs(logs, runs, group, kind, other):
@@ -292,9 +292,7 @@ def outliers(group, logs, runs, folder):
             axis.fill_between(layers, by_layer.min(0), by_layer.max(0), color=COLORS[attn], alpha=0.2, linewidth=0)
             axis.set(yscale="log", xticks=layers[::2])
             for layer, values in (("median", np.median(by_layer, axis=1)), ("highest", by_layer.max(1))):
-                few = len(probes) < 3  # the interval of two seeds is 12.7 standard errors
-                text = ", ".join(f"{value:.1f}" for value in values) if few else with_interval(values, 1)
-                row[f"{measure}, {layer} layer"] = text
+                row[f"{measure}, {layer} layer"] = over_seeds(values, 1)
             row[f"{measure}, layer"] = ", ".join(map(str, by_layer.argmax(1)))
         axes[0, column].set(title=title)
         axes[1, column].set(xlabel="layer")
@@ -337,9 +335,9 @@ def accuracies(seeds, needles):
 def retrieval(logs, runs, folder):
     found = read_retrieval(logs, runs)
     draw_retrieval(found, logs, folder)
-    print_table("Retrieval: share of texts answered right, by numbers in a text, 95 % over seeds", accuracy_rows(found))
-    print_table("Retrieval, model by model, with Wilson's 95 % interval", model_rows(logs, runs))
-    print_table("Shares of the last token's attention, mean over layers and heads, 95 % over seeds", share_rows(found))
+    title = "Retrieval: share of texts answered right, by numbers in a text; differences with a 95 % interval"
+    print_table(title, accuracy_rows(found, logs))
+    print_table("Shares of the last token's attention in the longest texts", share_rows(found))
     print_cost(logs, runs, "retrieval")
 
 
@@ -408,12 +406,18 @@ def recall_maps(logs, runs, folder):
     save(figure, folder / "recall.png")
 
 
-def accuracy_rows(found):
+def accuracy_rows(found, logs):
+    """The share of right answers, and when validation, which has as many numbers as training, exceeds 0.9."""
     rows = []
     for (kind, length), by_seed in found.items():
-        seeds = [*by_seed.values()]
+        seeds, learned = [*by_seed.values()], []
+        for seed in by_seed:
+            log = read_log(logs, f"retrieval/{kind}-{seed}-{length}")
+            steps = log["step"][log["val_accuracy"] > 0.9]
+            learned.append(f"{steps[0]:.0f}" if len(steps) else "never")
         row = {"attn": NAMES[kind], "tokens": length, "seeds": len(seeds)}
-        rows.append(row | {n: with_interval(accuracies(seeds, n)[1]) for n in seeds[0]["accuracy"]})
+        row |= {n: over_seeds(accuracies(seeds, n)[1]) for n in seeds[0]["accuracy"]}
+        rows.append(row | {"above 0.9 from step": ", ".join(learned)})
         plain = found.get(("vanilla", length), {})
         both = [(by_seed[seed], plain[seed]) for seed in by_seed if seed in plain]
         if both and kind != "vanilla":
@@ -421,33 +425,20 @@ def accuracy_rows(found):
             for n in seeds[0]["accuracy"]:
                 ours, theirs = (accuracies(measured, n)[1] for measured in zip(*both))
                 row[n] = with_interval(ours - theirs, 3, "+")
-            rows.append(row)
-    return rows
-
-
-def model_rows(logs, runs):
-    rows = []
-    for name in runs:
-        if name.startswith("retrieval/"):
-            measured, log = read_json(logs, name), read_log(logs, name)
-            right, texts = (sum(measured["accuracy"][str(measured["needles"])][what]) for what in ("right", "texts"))
-            low, high = wilson(right, texts)
-            learned = log["step"][log["val_accuracy"] > 0.9]
-            row = {"run": name.removeprefix("retrieval/"), "right": right, "texts": texts}
-            row |= {"share": f"{right / texts:.3f}", "95 %": f"{low:.3f} to {high:.3f}"}
-            rows.append(row | {"over 0.9 in validation from step": int(learned[0]) if len(learned) else ""})
+            rows.append(row | {"above 0.9 from step": ""})
     return rows
 
 
 def share_rows(found):
-    rows = []
+    """Where the last token looks in the longest texts."""
+    longest, rows = max(length for _, length in found), []
     for (kind, length), seeds in found.items():
         needles = [measured["needle"] for measured in seeds.values()]
-        for weights in needles[0]:
+        for weights in needles[0] if length == longest else ():
             parts = [needle[weights] for needle in needles]
-            row = {"attn": NAMES[kind], "tokens": length, "weights": weights_name(weights, needles[0])}
-            row |= {part.replace("_", " "): with_interval([np.mean(s[part]) for s in parts], 4) for part in PARTS}
-            rows.append(row | {"answer, best head": with_interval([s["best_head"]["answer"] for s in parts])})
+            row = {"attn": NAMES[kind], "seeds": len(parts), "weights": weights_name(weights, needles[0])}
+            row |= {part.replace("_", " "): over_seeds([np.mean(s[part]) for s in parts], 4) for part in PARTS}
+            rows.append(row | {"answer, best head": over_seeds([s["best_head"]["answer"] for s in parts])})
     return rows
 
 
