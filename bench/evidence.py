@@ -107,7 +107,7 @@ def large(logs, runs, folder):
         draw_gaps(drawn, runs, folder)
     print_table("Held-out loss at the end", losses)
     print_table("Held-out loss minus plain's, nats, with a 95 % interval", differences)
-    print_table("Gradient norm, seed by seed", norms)
+    print_table("Gradient norm in the runs `large`, seed by seed", norms)
     print_cost(logs, runs, "large")
 
 
@@ -293,7 +293,6 @@ def outliers(group, logs, runs, folder):
             axis.set(yscale="log", xticks=layers[::2])
             for layer, values in (("median", np.median(by_layer, axis=1)), ("highest", by_layer.max(1))):
                 row[f"{measure}, {layer} layer"] = over_seeds(values, 1)
-            row[f"{measure}, layer"] = ", ".join(map(str, by_layer.argmax(1)))
         axes[0, column].set(title=title)
         axes[1, column].set(xlabel="layer")
         rows.append(row)
