@@ -58,11 +58,11 @@ def with_interval(values, digits=3, sign=""):
     return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
 
-def over_seeds(values, digits=3):
+def over_seeds(values, digits=3, sign=""):
     """with_interval() of three seeds and more; of fewer their values, since two have 12.7 standard errors."""
     if len(values) > 2:
-        return with_interval(values, digits)
-    return ", ".join(f"{value:.{digits}f}" for value in values)
+        return with_interval(values, digits, sign)
+    return ", ".join(f"{value:{sign}.{digits}f}" for value in values)
 
 
 def pairs(logs, runs, group, kind, other):
@@ -406,25 +406,25 @@ def recall_maps(logs, runs, folder):
 
 
 def accuracy_rows(found, logs):
-    """The share of right answers, and when validation, which has as many numbers as training, exceeds 0.9."""
+    """The share of right answers, and when validation, with as many numbers as training, first exceeds 0.9."""
     rows = []
     for (kind, length), by_seed in found.items():
         seeds, learned = [*by_seed.values()], []
         for seed in by_seed:
             log = read_log(logs, f"retrieval/{kind}-{seed}-{length}")
             steps = log["step"][log["val_accuracy"] > 0.9]
-            learned.append(f"{steps[0]:.0f}" if len(steps) else "never")
+            learned.append(f"step {steps[0]:.0f}" if len(steps) else "never")
         row = {"attn": NAMES[kind], "tokens": length, "seeds": len(seeds)}
         row |= {n: over_seeds(accuracies(seeds, n)[1]) for n in seeds[0]["accuracy"]}
-        rows.append(row | {"above 0.9 from step": ", ".join(learned)})
+        rows.append(row | {"first above 0.9": ", ".join(learned)})
         plain = found.get(("vanilla", length), {})
         both = [(by_seed[seed], plain[seed]) for seed in by_seed if seed in plain]
         if both and kind != "vanilla":
             row = {"attn": f"{NAMES[kind]} minus plain", "tokens": length, "seeds": len(both)}
             for n in seeds[0]["accuracy"]:
                 ours, theirs = (accuracies(measured, n)[1] for measured in zip(*both))
-                row[n] = with_interval(ours - theirs, 3, "+")
-            rows.append(row | {"above 0.9 from step": ""})
+                row[n] = over_seeds(ours - theirs, 3, "+")
+            rows.append(row | {"first above 0.9": ""})
     return rows
 
 

@@ -179,6 +179,9 @@ def summarize_moments(windows):
 def probe(model, tokens, length, windows):
     """Measure a model on so many windows of `length` held-out `tokens` (N,), one at a time -> a dict for JSON.
 
+    The windows are drawn at random and may overlap. bench.runs gives the windows of its validation in a row as tokens,
+    so that most of these span the seam of two.
+
     "bound" is 1 / sqrt(n): weights that are positive and sum to 1 over n tokens have no smaller L2 norm. Differences
     can have one, which is an argument for DIFF V2 (Microsoft, January 2026).
     """

@@ -117,8 +117,8 @@ BARE = dict(bare=True, compile="off", weight_decay=0.01)
 SHORT = dict(batch_size=8, micro_batch_size=8, max_steps=1000, eval_interval=50, save_interval=500)
 CONTINUED = dict(batch_size=16, micro_batch_size=16, max_steps=1000, eval_interval=50, save_interval=500)
 CONTINUED |= dict(warmup_steps=100)
-# On data/large: as many tokens as it has, drawn at random. Validations are so frequent that the loss can be
-# interpolated between them.
+# On data/large: 98 million tokens, drawn at random from its 102 million. Validations are so frequent that the loss can
+# be interpolated between them.
 EPOCH = dict(dataset="large", batch_size=32, micro_batch_size=32, max_steps=1500, eval_interval=50, save_interval=1500)
 THIRD = EPOCH | dict(max_steps=500, eval_interval=100)
 SMALL = dict(n_layer=8, n_embd=384, n_head=6, n_kv_head=3, head_dim=64, n_inner=896, tie_embeddings=True)  # 32.3M
@@ -148,14 +148,15 @@ def planned_runs(out):
         kept = dict(probe_texts=64, full_log=True)
         kept |= dict(keep="last" if seed <= 3 else "")  # retrieval starts from three seeds
         runs[f"large/{attn}-{seed}"] = pretraining(attn, **kept, seed=seed, learning_rate=BEST_RATE[attn], **EPOCH)
-    for seed in (4, 5):  # V1's authors keep the width of a head, and halve the number
+    for seed in (4, 5):
+        # V1's authors keep the width of a head, and halve the number
         settings = replace(runs[f"large/v1-{seed}"].settings, n_head=6, head_dim=128)
         runs[f"large/v1-wide-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
         settings = replace(runs[f"large/v2-{seed}"].settings, n_kv_layers=6, n_inner=1920)  # at equal parameters
         runs[f"large/v2-shared-{seed}"] = PlannedRun(train.Pretraining, settings, full_log=True)
     settings = replace(runs["large/v2-4"].settings, learning_rate=BEST_RATE["vanilla"])  # which is V1's, too
     runs["large/v2-low-rate-4"] = replace(runs["large/v2-4"], settings=settings)
-    settings = replace(runs["large/vanilla-3"].settings, n_head=12, head_dim=64)  # as many maps as V1 and V2
+    settings = replace(runs["large/vanilla-3"].settings, n_head=12, head_dim=64)  # as many maps as V1
     runs["large/vanilla-heads-3"] = replace(runs["large/vanilla-3"], settings=settings)
     for seed, attn in itertools.product((1, 2, 3), KINDS):
         kept = dict(probe_texts=64, full_log=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bench import evidence, figures, logs, runs
-from bench.evidence import t_interval, with_interval
+from bench.evidence import over_seeds, t_interval, with_interval
 from engine.settings import UserError
 
 LAYERS = 3
@@ -19,6 +19,7 @@ def test_interval_over_seeds():
     assert t_interval(np.array([0.0, 0, 0, 0, 5])) == pytest.approx((1, 2.776))
     assert with_interval([0.1, 0.2, 0.3], 2, "+") == "+0.20 ± 0.25" and with_interval([0.1], 1) == "0.1"
     assert with_interval([0.1, np.nan]) == ""
+    assert over_seeds([0.1, 0.2]) == "0.100, 0.200" and over_seeds([0.1, 0.2, 0.3], 2) == "0.20 ± 0.25"
 
 
 @pytest.mark.parametrize("freedom, quantile", list(enumerate(evidence.T_975, start=1)))
@@ -31,12 +32,11 @@ def test_quantiles(freedom, quantile):
     assert area / 2 == pytest.approx(0.475, abs=2e-5)
 
 
-def write_log(folder, name, losses, speed, accuracies=None):
-    """Write a log with a validation every 50 steps."""
+def write_log(folder, name, losses, speed, accuracies, lam):
+    """Write a log with a validation every 50 steps, and two layers with the same lambda."""
     lines = ["step,loss,grad_norm,val_loss,val_accuracy,tokens_per_s,lambdas"]
     for index, loss in enumerate(losses):
-        accuracy = "" if accuracies is None else accuracies[index]
-        lines.append(f"{50 * index},1,1,{loss},{accuracy},{speed if index else ''},0.5 0.5")
+        lines.append(f"{50 * index},1,1,{loss},{accuracies[index]},{speed if index else ''},{lam} {lam}")
     runs.log_path(folder, name).write_text("\n".join(lines) + "\n")
 
 
@@ -55,9 +55,15 @@ def kept(tmp_path_factory):
         change = {"v1": 0.02, "v2": -0.01 * seed, "norm": -0.01 * seed + 0.03}.get(attn, 0)
         change += dict(shared=0.04, low=0.06, heads=0.05).get(name.split("-")[1], 0)
         speed = 250 if "shared" in name else 500 if attn == "v2" else 1000
-        write_log(folder, name, falling + seed + change, speed, np.arange(31) / 30)
+        longer = name.endswith("-2048")
+        write_log(folder, name, falling + seed + change, speed, np.arange(31) / (60 if longer else 30), seed / 10)
         kinds = ["weights"] if attn == "vanilla" else ["weights", "first", "second"]
-        share = dict(answer=[0.1, 0.3], others=[0.1] * 2, first_token=[0.1] * 2, rest=[0.7, 0.5])
+        share = dict(
+            answer=[0.1, 0.5 if longer else 0.3],
+            others=[0.1] * 2,
+            first_token=[0.1] * 2,
+            rest=[0.7, 0.3 if longer else 0.5],
+        )
         measured = dict(attn=attn, needle={k: share | {"best_head": dict(answer=0.25 * seed)} for k in kinds})
         if name.startswith("retrieval/"):
             right = {n: [100 - 10 * seed] * 5 for n in ("1", "2", "4", "6", "8")}
@@ -155,7 +161,11 @@ def test_retrieval(kept, tmp_path, capsys):
     text = capsys.readouterr().out
     rows = table(text, "Retrieval: share of texts answered right")
     assert [row[:2] for row in rows[:4]] == [[name, "512"] for name in ("plain", "V1", "V1 minus plain", "V2")]
-    assert rows[3][8] == "1400, 1400, 1400" and rows[2][8] == ""  # these logs have validations from 0 to 1
+    assert (rows[3][8], rows[2][8]) == (
+        "step 1400, step 1400, step 1400",
+        "",
+    )  # these logs have validations from 0 to 1
+    assert [row[8] for row in rows if row[:2] == ["V2", "2048"]] == ["never, never, never"]  # and these to 0.5
     shares = [row[2:8] for row in rows if "minus" not in row[0]]
     assert shares[:6] == [["3", *["0.800 ± 0.248"] * 5]] * 6  # 0.9, 0.8 and 0.7
     differences = [row[2:8] for row in rows if "minus plain" in row[0]]
@@ -164,10 +174,10 @@ def test_retrieval(kept, tmp_path, capsys):
     shares = table(text, "Shares")
     assert len(shares) == 1 + 3 + 3 + 1 and shares[2][:3] == ["V1", "3", "first"]
     assert shares[2][3:] == [
-        "0.2000 ± 0.0000",
+        "0.3000 ± 0.0000",
         "0.1000 ± 0.0000",
         "0.1000 ± 0.0000",
-        "0.6000 ± 0.0000",
+        "0.5000 ± 0.0000",
         "0.500 ± 0.621",
     ]
 
@@ -196,7 +206,7 @@ def test_the_picture_of_retrieval(kept, tmp_path, monkeypatch):
     assert [line.get_ydata()[-1] for line in learning.get_lines()] == [1.0] * 4  # the last validation of these logs
     assert learning.get_lines()[0].get_xdata()[-1] == 1500
     assert len(depths.containers) == len(counts.containers) == 8 and len(shares.containers) == 4 + 4  # and their bars
-    assert shares.containers[1].patches[0].get_height() == pytest.approx(0.2)  # the answer's, in the mean of layers
+    assert shares.containers[1].patches[0].get_height() == pytest.approx(0.3)  # the answer's, in the mean of layers
 
 
 def test_the_inside_of_the_models(kept, tmp_path, monkeypatch, capsys):
@@ -225,7 +235,8 @@ def test_lambda_of_the_first_seeds(kept, tmp_path, monkeypatch):
     evidence.lambdas(folder, {n: p for n, p in planned.items() if p.settings.attn == "vanilla"}, tmp_path)
     titles = [[axis.get_title() for axis in figure.axes if axis.get_title()] for figure in figures]
     assert titles == [["V1", "V2"], ["V2"]]
-    assert all(len(axis.get_lines()) == 2 for axis in figures[0].axes if axis.get_title())  # layers
+    for axis in (axis for axis in figures[0].axes if axis.get_title()):
+        assert [line.get_ydata()[-1] for line in axis.get_lines()] == [0.1, 0.1]  # of two layers
 
 
 def test_outliers(kept, tmp_path, capsys):

@@ -95,6 +95,7 @@ def test_needle_texts_are_always_the_same():
     (one, spans), (same, same_spans) = texts(5, 256), texts(5, 256)
     assert torch.equal(one, same) and spans == same_spans
     assert len({tuple(text) for text in one.tolist()}) == 5
+    assert len({tuple(text[start:stop].tolist()) for text, ((start, stop), *_) in zip(one, spans)}) == 5  # the answers
     assert len({text[0] for text in spans}) > 1  # the answer is not always at the same place
 
 

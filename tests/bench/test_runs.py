@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import bench
 import train
 from bench import evidence, figures, logs, runs, table2
+from bench.probes import probe
 from bench.retrieval import Retrieval
 from data.write import write_dataset
 from engine import log
@@ -228,6 +229,19 @@ def test_the_distance_of_the_query_heads_is_kept_of_a_full_log(plan, tmp_path):
     for other in (plan(), replace(plan(attn="vanilla", n_kv_head=2), full_log=True)):
         train_run(other, tmp_path / other.settings.attn, tmp_path / f"{other.settings.attn}.csv")
         assert not (tmp_path / f"{other.settings.attn}.json").exists()
+
+
+def test_the_trained_model_is_measured(plan, tmp_path):
+    """On the windows of its validation, at its own context."""
+    train_run(plan(keep="last", probe_texts=3), tmp_path / "run", tmp_path / "run.csv")
+    model = GPT(GPTConfig(**(checkpoint := load_checkpoint(tmp_path / "run" / "best.pt"))["config"]))
+    model.load_state_dict(checkpoint["model"])
+    val = np.fromfile(tmp_path / "text" / "val.bin", dtype=np.uint16)
+    kept = json.loads((tmp_path / "run.json").read_text())
+    assert kept["length"] == 32 and kept["attn"] == "v2"
+    windows = train.Pretraining(replace(plan().settings)).val_batches
+    tokens = torch.cat([inputs.flatten() for inputs, _ in windows]).numpy()
+    assert np.isin(tokens, val).all() and kept == probe(model, tokens, 32, 3)
 
 
 def test_a_run_without_the_methods(plan, tmp_path):
