@@ -1,6 +1,6 @@
 """DIFF V2 taken apart: attentions that differ from it in one choice each. bench.runs trains them.
 
-model.ATTENTION does not have them, so they are no choices of --attn.
+bench.runs adds them to model.ATTENTION while it trains. They are no choices of --attn.
 """
 
 import torch.nn as nn
@@ -10,7 +10,7 @@ from model import DiffAttnV2, RMSNorm
 
 
 class Across(DiffAttnV2):
-    """Heads i and i + n_head are the maps of head i. They are in different groups, which read different keys."""
+    """Query heads i and i + n_head make head i. They are in different groups, which read different keys."""
 
     def forward(self, x, rope, cache=None, shared=None):
         q, k, v, logits = self.qkv(x, rope, shared)

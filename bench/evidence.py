@@ -59,7 +59,7 @@ def with_interval(values, digits=3, sign=""):
 
 
 def over_seeds(values, digits=3, sign=""):
-    """with_interval() of three seeds and more; of fewer their values, since two have 12.7 standard errors."""
+    """The mean and its interval of three seeds and more, the values of fewer: the interval of two is too wide."""
     if len(values) > 2:
         return with_interval(values, digits, sign)
     return ", ".join(f"{value:{sign}.{digits}f}" for value in values)
@@ -125,7 +125,7 @@ def draw_gaps(drawn, runs, folder):
             axis.plot(steps, mean, "o-", color=COLORS[kind], label=label, markersize=2, linewidth=1)
             if len(compared) > 2:  # with two, the interval is 12.7 standard errors
                 axis.fill_between(steps, mean - half, mean + half, color=COLORS[kind], alpha=0.2, linewidth=0)
-    for axis, title in zip(axes, ("at equal steps", "at equal time (that of plain's steps)")):
+    for axis, title in zip(axes, ("at equal steps", "after the time that plain takes")):
         axis.axhline(0, color=COLORS["vanilla"], linewidth=1, label="plain")
         axis.set(xlabel="step of plain", title=title)
     axes[0].set(ylabel="held-out loss minus plain's, nats")
@@ -207,7 +207,7 @@ def design(logs, runs, folder):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Inside the models (bench.probes): the first token's share, and how loud what a head reads is
+# Inside the models (bench.probes): the first token's share of attention, and the norms of weights and outputs
 
 
 def inside(logs, runs, folder):
@@ -230,11 +230,11 @@ def inside(logs, runs, folder):
     norm_axis.axhline(bound, color="lightgray", zorder=0, label="least of a softmax, 1/sqrt(tokens)")
     sink_axis.set(title="the first token's share of attention", ylabel="share")
     norm_axis.set(title="L2 norm of a query's weights", ylabel="norm")
-    output_axis.set(title="RMS of a head's output over its values'", ylabel="ratio")
+    output_axis.set(title="RMS of a head's output / of its values", ylabel="ratio")
     for axis in (sink_axis, norm_axis, output_axis):
         axis.set(xlabel="layer", yscale="log")
         legend_above(axis, ncol=2)
-    figure.supxlabel("of V1 and V2, the difference A1 - lambda A2; means over seeds", fontsize=9)
+    figure.supxlabel("solid: means over seeds; of V1 and V2, the difference A1 - lambda A2", fontsize=9)
     save(figure, folder / "attention.png")
     print_table("Attention sink: the first token's share in the second half of a text", sink_rows(found))
     print_table("Norm of a query's weights (the RMS it reads from uncorrelated values of RMS 1)", norm_rows(found))
@@ -341,45 +341,45 @@ def retrieval(logs, runs, folder):
 
 
 def draw_retrieval(found, logs, folder):
+    """Draw how the shorter texts are learned, and the test: by numbers in a text, by the answer's place, and shares."""
     lengths, kinds = [length for _, length in found], [*dict.fromkeys(kind for kind, _ in found)]
-    figure, ((learning_axis, depth_axis), (count_axis, share_axis)) = plt.subplots(2, 2, figsize=(11, 8))
+    figure, ((learning_axis, count_axis), (depth_axis, share_axis)) = plt.subplots(2, 2, figsize=(11, 8))
     for (kind, length), by_seed in found.items():
-        seeds = [*by_seed.values()]
-        line = dict(color=COLORS[kind], linestyle="-" if length == max(lengths) else ":", marker="o", markersize=3)
-        line |= dict(label=f"{NAMES[kind]}, {length} tokens", capsize=2, linewidth=1)
+        seeds, color = [*by_seed.values()], COLORS[kind]
         beside = kinds.index(kind) - (len(kinds) - 1) / 2  # so that no kind hides another
-        by_depth = accuracies(seeds, str(seeds[0]["needles"]))[0]
-        depths = (np.arange(by_depth.shape[1]) + 0.5) / by_depth.shape[1] * 100
-        depth_axis.errorbar(depths + beside, by_depth.mean(0), seed_range(by_depth), **line)
+        bars = dict(color=color, marker="o", markersize=3, capsize=2, linewidth=1)
         counts = list(seeds[0]["accuracy"])
-        by_count = np.array([accuracies(seeds, count)[1] for count in counts]).T
+        right = np.array([accuracies(seeds, count)[1] for count in counts]).T  # (seeds, counts)
+        style = dict(linestyle="-" if length == max(lengths) else ":", label=f"{NAMES[kind]}, {length} tokens")
         places = [int(count) + 0.1 * beside for count in counts]
-        count_axis.errorbar(places, by_count.mean(0), seed_range(by_count), **line)
+        count_axis.errorbar(places, right.mean(0), seed_range(right), **bars, **style)
         if length == min(lengths):
             validations = [read_log(logs, f"retrieval/{kind}-{seed}-{length}") for seed in by_seed]
             measured = ~np.isnan(validations[0]["val_accuracy"])
             right = np.array([log["val_accuracy"][measured] for log in validations])
             steps = validations[0]["step"][measured]
-            learning_axis.plot(steps, right.mean(0), "o-", color=COLORS[kind], label=NAMES[kind], markersize=3)
-            learning_axis.fill_between(steps, right.min(0), right.max(0), color=COLORS[kind], alpha=0.2, linewidth=0)
+            learning_axis.plot(steps, right.mean(0), "o-", color=color, label=NAMES[kind], markersize=3)
+            learning_axis.fill_between(steps, right.min(0), right.max(0), color=color, alpha=0.2, linewidth=0)
         if length == max(lengths):
+            right = accuracies(seeds, str(seeds[0]["needles"]))[0]  # (seeds, depths)
+            places = (np.arange(right.shape[1]) + 0.5) / right.shape[1] * 100
+            depth_axis.errorbar(places + beside, right.mean(0), seed_range(right), **bars, label=NAMES[kind])
             shares = np.array([[np.mean(seed["needle"]["weights"][part]) for part in PARTS[:-1]] for seed in seeds])
-            bars = dict(yerr=seed_range(shares), color=COLORS[kind], label=NAMES[kind], capsize=2)
-            share_axis.bar(np.arange(len(PARTS) - 1) + 0.22 * beside, shares.mean(0), 0.2, **bars)
-    needles = seeds[0]["needles"]
-    title = f"{min(lengths)} tokens, {needles} numbers, while it is learned"
-    learning_axis.set(xlabel="step", title=title)
-    depth_axis.set(xlabel="place of the answer, % of the text", title=f"{needles} numbers in a text")
-    count_axis.set(xlabel="numbers in a text", title="all places")
-    for axis in (learning_axis, depth_axis, count_axis):
+            places = np.arange(len(PARTS) - 1) + 0.22 * beside
+            share_axis.bar(places, shares.mean(0), 0.2, yerr=seed_range(shares), color=color, capsize=2)
+    numbers = f"tokens, {seeds[0]['needles']} numbers"
+    learning_axis.set(xlabel="step", title=f"{min(lengths)} {numbers}, while it is learned")
+    count_axis.set(xlabel="numbers in a text", title="by numbers in a text")
+    depth_axis.set(
+        xlabel="place of the answer, % of the text", title=f"{max(lengths)} {numbers}, by the answer's place"
+    )
+    for axis in (learning_axis, count_axis, depth_axis):
         axis.set(ylabel="share of texts answered right")
-    title = f"{max(lengths)} tokens, mean over layers and heads"
-    share_axis.set(ylabel="share of the last token's attention", title=title)
+    share_axis.set(ylabel="share of |A1 - lambda A2|", title=f"{max(lengths)} tokens: where the last token looks")
     share_axis.set_xticks(range(len(PARTS) - 1), ["answer", "other numbers", "first token"])
-    learning_axis.legend(fontsize=8)
-    depth_axis.legend(fontsize=7, ncol=2)
-    share_axis.legend(fontsize=8)
-    figure.supxlabel("bands and bars: lowest to highest seed", fontsize=9)
+    for axis in (learning_axis, count_axis, depth_axis):
+        axis.legend(fontsize=7)
+    figure.supxlabel("bands and bars: lowest to highest seed; below right: mean over layers and heads", fontsize=9)
     save(figure, folder / "retrieval.png")
 
 
@@ -399,9 +399,12 @@ def recall_maps(logs, runs, folder):
                 axis.set_axis_off()
                 continue
             draw_map(figure, axis, head[map_], head["tokens"], f"{place}: {title}", limit=1)
-            for edge in head["span"]:
-                axis.axvline(edge - 0.5, color="tab:green", linewidth=0.8)
-    figure.supxlabel("between the green lines: the answer to the question at the end", fontsize=9)
+            (start, stop), last = head["span"], len(head["tokens"]) - 1
+            answer = plt.Rectangle(
+                (start - 0.5, last - 0.5), stop - start, 1, fill=False, color="tab:green", linewidth=2
+            )
+            axis.add_patch(answer)
+    figure.supxlabel("green: the last query, and the keys of the answer to its question", fontsize=9)
     save(figure, folder / "recall.png")
 
 

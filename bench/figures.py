@@ -2,7 +2,7 @@
 
 python -m bench.figures                      # of all groups of runs
 python -m bench.figures --only curves large  # of two
-python -m bench.figures --logs out/mylogs    # of runs of your own
+python -m bench.figures --logs out/logs      # of the runs whose logs are there; bench.plot draws any log.csv
 
 The tables are printed as Markdown, and the pictures written to docs/. The groups sweep, large, stable, design and
 retrieval are drawn from the runs that are done, the others when all of their runs are.
@@ -36,7 +36,7 @@ from engine.settings import Parser, UserError, run_script
 
 REPORT_ROWS = {
     "vanilla-bare": "(a) plain Transformer, nothing else", "v1-bare": "(b) V1 without the methods",
-    "v1": "(c) V1", "v2": "(c) V2", "vanilla": "(d) plain Transformer",
+    "v1": "(c) V1, with all methods", "v2": "(c) V2, with all methods", "vanilla": "(d) plain, with all methods",
 }  # fmt: skip
 SMOLLM2_LINES = {  # of the runs of smollm2, in a picture; the wide ones are below others
     "vanilla-2e-4": dict(label="plain, 2e-4", color="moccasin", linewidth=5),
@@ -147,7 +147,7 @@ def smollm2(logs, runs, folder):
         measured = ~np.isnan(log["val_loss"])
         loss_axis.plot(log["step"][measured], log["val_loss"][measured], **SMOLLM2_LINES[name])
     loss_axis.set(xlabel="step", ylabel="held-out loss, nats", title="SmolLM2-135M, trained further")
-    loss_axis.legend(title="peak learning rate", title_fontsize=8, fontsize=8)
+    loss_axis.legend(title="model, peak learning rate", title_fontsize=8, fontsize=8)
 
     settings = runs["smollm2/vanilla-6e-4"].settings
     steps = plain["step"][~np.isnan(plain["val_loss"])]
@@ -229,6 +229,8 @@ def main():
     arguments, runs = parse_runs(parser)
     if arguments.smoke:
         train_missing(runs, arguments)
+    elif any(getattr(arguments, name) != parser.get_default(name) for name in ("out", "device")):
+        raise UserError("--out and --device need --smoke; --pictures names the folder of pictures")
     elif not Path(arguments.logs).is_dir():
         raise UserError(f"{arguments.logs} is no folder of logs")
     folder = Path(arguments.out if arguments.smoke else arguments.pictures)

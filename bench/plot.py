@@ -48,7 +48,7 @@ def summary(name, log):
 
 
 def draw(logs, path):
-    """Draw {name: log} to a picture. Thin lines are values of steps, thick ones averages over 20."""
+    """Draw {name: log} to a picture."""
     figure, axes = plt.subplots(2, 2, figsize=(12, 7.5))
     units = dict.fromkeys(log["unit"] for log in logs.values())
     nats = f"nats per {' or '.join(unit.removesuffix('s') for unit in units)}"
@@ -65,6 +65,7 @@ def draw(logs, path):
                 axis.plot(steps[-len(line) :], line, color=color, linewidth=1.5, label=name)
         axis.set(xlabel="step", ylabel=labels[column], title=title, yscale="log" if column == "grad_norm" else "linear")
     axes[0, 0].legend(fontsize=8)
+    figure.supxlabel("thin: every step; thick: mean over 20 steps, or a quarter of a short run", fontsize=9)
     save(figure, path)
 
 
@@ -73,6 +74,8 @@ def main():
     parser.add_argument("runs", nargs="+", help="folders of runs, or log.csv files")
     parser.add_argument("--out", default="out/bench/plot.png", type=Path, help="the picture (default: %(default)s)")
     arguments = parser.parse_args()
+    if not arguments.out.suffix:
+        raise UserError(f"--out {arguments.out}: the picture's name needs an ending, such as .png")
     logs = {run: read_run(run) for run in arguments.runs}
     print_table("Runs", [summary(name, log) for name, log in logs.items()])
     draw(logs, arguments.out)

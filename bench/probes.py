@@ -1,4 +1,4 @@
-"""What differential attention does inside a trained model: where its heads look, and how loud its activations are.
+"""What differential attention does inside a trained model: where its heads look, and how large its activations are.
 
 probe() measures a model on held-out text. bench.retrieval and the viewer use the maps, too. There are up to three kinds
 of weights:
@@ -18,7 +18,7 @@ from data.dataset import sample_batch
 from engine.device import autocast
 from model import at_least_float32
 
-LATE = 64  # last positions of a window, where the RMS of what attention reads is measured
+LATE = 64  # last positions of a window, where the norms of the weights are measured
 
 # ---------------------------------------------------------------------------------------------------
 # Attention maps

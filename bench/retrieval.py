@@ -1,7 +1,8 @@
 """Retrieval as a task: tune a model to find one of several facts in a text, then measure how well it does.
 
 A text ends with the question for one of the numbers hidden in it. Cities, numbers and places are drawn anew for every
-text, and the model is tested on cities that it was never asked for. bench.runs starts the runs.
+text, and the model is tested on cities that it was never asked for. bench.runs starts the runs. A needle is one of the
+facts, " The magic number of Oslo is 4821937."
 """
 
 import itertools
@@ -17,6 +18,7 @@ from bench.probes import layer_maps, share
 from data.dataset import sample_batch
 from engine.device import autocast
 from engine.graphs import uncompiled
+from engine.settings import UserError
 
 CITIES = (
     "Accra", "Aleppo", "Amman", "Ankara", "Athens", "Bergen", "Berlin", "Bogota", "Boston", "Bremen", "Brno",
@@ -28,7 +30,12 @@ CITIES = (
     "Sofia", "Sydney", "Tokyo", "Tunis", "Turin", "Venice", "Vienna", "Warsaw", "Zagreb", "Zurich",
 )  # fmt: skip
 QUESTION = " The magic number of {} is"  # a needle goes on with " 1234567."
-NEEDLES = ((6, 7), (4, 7), (4, 5), (2, 3))  # (needles in a text, digits of their numbers); the first that fits is used
+NEEDLES = (
+    (6, 7),
+    (4, 7),
+    (4, 5),
+    (2, 3),
+)  # (needles in a text, digits of their numbers): the first that fits the context
 PARTS = ("answer", "others", "first_token", "rest")  # of a text; others: the numbers of the other needles
 HELD_OUT = CITIES[::4]  # for the test: 20 of 80
 TAUGHT = tuple(city for city in CITIES if city not in HELD_OUT)
@@ -93,7 +100,7 @@ def hide_needles(rng, encode, filler, numbers, cities):
     needles = [question + number + encode(".") for question, number in zip(questions, numbers)]
     asked = rng.integers(len(needles))
     room = len(filler) - len(questions[asked]) - sum(map(len, needles))
-    # To make room for the answer, a text loses as many tokens at its beginning. No needle may begin there.
+    # For the answer at the end, the callers drop as many tokens at the beginning. No needle may begin there.
     depths = np.sort(rng.integers(len(numbers[0]), room + 1, size=len(needles))).tolist()
     ids, spans = [], []
     for start, depth, question, number, needle in zip([0, *depths], depths, questions, numbers, needles):
@@ -145,6 +152,8 @@ class Retrieval(train.Pretraining):
     """
 
     def __init__(self, settings, checkpoint=None):
+        if settings.batch_size // settings.micro_batch_size % 2:
+            raise UserError("retrieval needs an even number of micro-batches")
         super().__init__(settings, checkpoint)
         self.size = needle_size(self.encoding.encode_ordinary, settings.block_size)
         self.val_tokens = torch.cat([inputs.flatten() for inputs, _ in self.val_batches]).numpy()

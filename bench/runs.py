@@ -10,6 +10,8 @@ save none and begin anew. Several processes share the runs among them, on one GP
 smollm2 runs start from SmolLM2-135M-Instruct in out/smollm2 and out/smollm2-v2, which convert.py writes; their data
 sets end in -smollm2. The runs of curves read data/wikitext2, the other pretraining data/large, a corpus that
 docs/results.md describes.
+
+A run of your own is an entry in planned_runs(), and if it is of a new kind, in NAMES and COLORS of bench/logs.py.
 """
 
 import contextlib
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 import dpo
 import sft
 import train
-from bench import reset_memory
+from bench import preset_shape, reset_memory
 from bench.designs import DESIGNS
 from bench.probes import probe
 from bench.retrieval import Retrieval
@@ -55,7 +57,7 @@ from engine.settings import Parser, UserError, run_script
 from model import ATTENTION
 
 COLUMNS = ("step", "loss", "grad_norm", "accuracy", "margin", "val_loss", "val_accuracy", "val_margin")  # of a kept log
-KINDS = ("vanilla", "v1", "v2")  # a fork's own attention has no place in the report's figures
+KINDS = ("vanilla", "v1", "v2")  # the attentions that are compared
 SWEEP_RATES = (6e-4, 1.2e-3, 2.4e-3)
 # Of SWEEP_RATES the one with the lowest held-out loss after 500 steps
 BEST_RATE = {"vanilla": 1.2e-3, "v1": 1.2e-3, "v2": 2.4e-3}
@@ -101,14 +103,14 @@ def bare_loss(task, inputs, targets):
 
 @dataclass
 class PlannedRun:
-    """What to train: a task (Pretraining, SFT or DPO) and its settings."""
+    """What to train: a task (Pretraining, Retrieval, SFT or DPO) and its settings."""
 
     task_class: type
     settings: train.CommonSettings
     bare: bool = False  # without the methods
     after: str = ""  # name of the run whose best.pt it starts from
     keep: str = ""  # as best.pt, from which another run starts: the `best` model so far, or the `last`
-    probe_texts: int = 0  # texts on which bench.probes, or the task itself, measures the trained model
+    probe_texts: int = 0  # texts on which bench.probes, or Retrieval itself, measures the trained model
     noise: float = 0.0  # in the second query heads at the start, in units of the RMS of their weights
     full_log: bool = False  # the kept log has the validation before the first step, and the speed
 
@@ -130,7 +132,7 @@ TUNED = {  # by context: half of a step's sequences are needle texts
 
 
 def pretraining(attn, bare=False, keep="", probe_texts=0, full_log=False, **settings):
-    settings = train.Settings(**train.SHAPES["ldiff"][attn], preset="ldiff", attn=attn, **settings)
+    settings = train.Settings(**preset_shape("ldiff", attn) | settings)
     return PlannedRun(train.Pretraining, settings, bare, keep=keep, probe_texts=probe_texts, full_log=full_log)
 
 
@@ -367,6 +369,11 @@ def train_missing(runs, arguments):
                             pass
                     if plan.after and not log_path(arguments.logs, plan.after).exists():
                         raise UserError(f"{name} begins with the model of {plan.after}, which is not done")
+                    if plan.after and not Path(plan.settings.init_from).exists():
+                        raise UserError(
+                            f"{name} begins with {plan.settings.init_from}, which is not there, although {plan.after} "
+                            f"has a log in {arguments.logs}; with another folder as --logs, both can be trained"
+                        )
                     print(f"\n{name}:")
                     reset_memory(device)
                     train_run(plan, folder, log, arguments.device)
@@ -417,9 +424,10 @@ def main():
     parser.add_argument("--list", action="store_true", help="list the names and exit")
     add_flags(parser)
     arguments, runs = parse_runs(parser)
+    for pattern in arguments.names:
+        if not fnmatch.filter(runs, pattern):
+            raise UserError(f"there is no run called {pattern}; --list lists them, and '{pattern}/*' would be a group")
     chosen = {name: plan for name, plan in runs.items() if any(fnmatch.fnmatch(name, p) for p in arguments.names)}
-    if not chosen:
-        raise UserError(f"there is no run called {' or '.join(arguments.names)}; --list lists them")
     if arguments.list:
         print("\n".join(f"{name}{'  (done)' if log_path(arguments.logs, name).exists() else ''}" for name in chosen))
         sys.exit()

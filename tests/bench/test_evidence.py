@@ -201,11 +201,11 @@ def test_the_picture_of_retrieval(kept, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
     evidence.retrieval(*kept, tmp_path)
-    learning, depths, counts, shares = figures[0].axes
+    learning, counts, depths, shares = figures[0].axes
     assert learning.get_title().startswith("512 tokens, 6 numbers") and shares.get_title().startswith("2048 tokens")
     assert [line.get_ydata()[-1] for line in learning.get_lines()] == [1.0] * 4  # the last validation of these logs
     assert learning.get_lines()[0].get_xdata()[-1] == 1500
-    assert len(depths.containers) == len(counts.containers) == 8 and len(shares.containers) == 4 + 4  # and their bars
+    assert (len(counts.containers), len(depths.containers), len(shares.containers)) == (8, 4, 4 + 4)  # with their bars
     assert shares.containers[1].patches[0].get_height() == pytest.approx(0.3)  # the answer's, in the mean of layers
 
 
@@ -267,8 +267,8 @@ def test_maps_of_the_head_that_finds_the_answer(kept, tmp_path, monkeypatch):
     kinds = ("A1", "A2", "A1 - 0.25 A2 (lambda of the last query)")
     assert v1 == [f"V1, layer 1, head 512: {kind}" for kind in kinds]
     drawn = [axis.get_images()[0].get_array()[1].tolist() for axis in figures[0].axes if axis.get_title()]
-    marked = [line.get_xdata()[0] for line in figures[0].axes[0].get_lines()]
-    assert marked == [-0.5, 0.5]  # around the answer, token 0
+    (answer,) = figures[0].axes[0].patches
+    assert (answer.get_xy(), answer.get_width(), answer.get_height()) == ((-0.5, 0.5), 1, 1)  # token 0, last query
     assert drawn[:4] == [[0.5, 0.5], [0.5, 0.5], [0, 1], [0.5, -0.5]]
 
 
@@ -318,6 +318,10 @@ def test_runs_without_logs_are_not_trained_but_said_to_be_missing(monkeypatch, t
     monkeypatch.setattr(figures, "train_missing", lambda runs, arguments: [make_log(arguments, name) for name in runs])
     figures.main()
     assert [*drawn] == [*fakes]
+    for flags in (["--out", "x"], ["--device", "cpu"]):
+        monkeypatch.setattr("sys.argv", ["figures", "--logs", str(tmp_path), *flags])
+        with pytest.raises(UserError, match="--out and --device need --smoke"):
+            figures.main()
     monkeypatch.setattr("sys.argv", ["figures", "--logs", f"{tmp_path}/none"])
     with pytest.raises(UserError, match="none is no folder of logs"):
         figures.main()

@@ -49,6 +49,12 @@ def test_a_missing_run_is_refused(tmp_path):
         plot.read_run(tmp_path / "nosuch")
 
 
+def test_a_picture_has_an_ending(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plot", str(run), "--out", str(tmp_path / "picture")])
+    with pytest.raises(UserError, match="the picture's name needs an ending"):
+        plot.main()
+
+
 def test_draws_runs_of_several_stages(run, tmp_path, monkeypatch, capsys):
     pairs = tmp_path / "pairs.csv"
     pairs.write_text(LOG.replace("tokens_per_s", "pairs_per_s"))

@@ -31,6 +31,7 @@ from bench.retrieval import (
 from data.tokenizer import get_tokenizer
 from data.write import write_dataset
 from engine.generate import Decoder
+from engine.settings import UserError
 from model import GPT, GPTConfig
 
 BYTES = get_tokenizer("bytes")
@@ -194,6 +195,12 @@ def test_a_batch(task):
             assert {*needles} <= {*TAUGHT}
             asked.add(city)
     assert len(asked) > 30
+
+
+def test_a_step_without_needle_texts_is_refused(settings):
+    for count in (1, 3):
+        with pytest.raises(UserError, match="even number of micro-batches"):
+            Retrieval(settings(batch_size=2 * count, micro_batch_size=2))
 
 
 def test_batches_depend_on_the_seed_and_the_step_alone(task, settings):

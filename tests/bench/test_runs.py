@@ -323,6 +323,9 @@ def test_only_missing_runs_are_trained_and_their_folders_removed(plan, tmp_path,
     assert {path.name for path in (tmp_path / "curves").rglob("*")} - {"lock"} == {"c", "best.pt", tokenizer}
     with pytest.raises(UserError, match="x begins with the model of curves/b, which is not done"):
         runs.train_missing({"x": replace(plan(), after="curves/b")}, arguments)
+    start = plan(init_from=f"{tmp_path}/curves/a/best.pt")
+    with pytest.raises(UserError, match="x begins with .*best.pt, which is not there, although curves/a has a log in"):
+        runs.train_missing({"x": replace(start, after="curves/a")}, arguments)
 
 
 def test_a_run_waits_for_the_one_that_it_starts_from(plan, tmp_path, monkeypatch):
