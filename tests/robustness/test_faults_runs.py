@@ -160,8 +160,8 @@ def test_a_home_folder_is_found_by_the_benchmarks_and_the_merge_of_parts(tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     parser = Parser("")
     bench.runs.add_flags(parser)
-    flags = parser.parse_args(["--out=~/a", "--logs=~/b", "--corpus=~/c"])
-    assert [flags.out, flags.logs, flags.corpus] == [f"{tmp_path}/{name}" for name in "abc"]
+    flags = parser.parse_args(["--out=~/a", "--logs=~/b"])
+    assert [flags.out, flags.logs] == [f"{tmp_path}/{name}" for name in "ab"]
     monkeypatch.setattr("sys.argv", ["checkpoint.py", "~/run"])
     assert f"{tmp_path}/run/ckpt.pt" in refusal(engine.checkpoint.main, capsys=capsys)
 
