@@ -367,12 +367,10 @@ def draw_retrieval(found, logs, folder):
             shares = np.array([[np.mean(seed["needle"]["weights"][part]) for part in PARTS[:-1]] for seed in seeds])
             places = np.arange(len(PARTS) - 1) + 0.22 * beside
             share_axis.bar(places, shares.mean(0), 0.2, yerr=seed_range(shares), color=color, capsize=2)
-    numbers = f"tokens, {seeds[0]['needles']} numbers"
+    numbers = f"tokens, {seeds[0]['needles']} numbers in a text"
     learning_axis.set(xlabel="step", title=f"{min(lengths)} {numbers}, while it is learned")
-    count_axis.set(xlabel="numbers in a text", title="by numbers in a text")
-    depth_axis.set(
-        xlabel="place of the answer, % of the text", title=f"{max(lengths)} {numbers}, by the answer's place"
-    )
+    count_axis.set(xlabel="numbers in a text", title="by the numbers in a text")
+    depth_axis.set(xlabel="place of the answer, % of the text", title=f"{max(lengths)} {numbers}, by place")
     for axis in (learning_axis, count_axis, depth_axis):
         axis.set(ylabel="share of texts answered right")
     share_axis.set(ylabel="share of |A1 - lambda A2|", title=f"{max(lengths)} tokens: where the last token looks")
@@ -400,10 +398,8 @@ def recall_maps(logs, runs, folder):
                 continue
             draw_map(figure, axis, head[map_], head["tokens"], f"{place}: {title}", limit=1)
             (start, stop), last = head["span"], len(head["tokens"]) - 1
-            answer = plt.Rectangle(
-                (start - 0.5, last - 0.5), stop - start, 1, fill=False, color="tab:green", linewidth=2
-            )
-            axis.add_patch(answer)
+            frame = dict(fill=False, color="tab:green", linewidth=2)
+            axis.add_patch(plt.Rectangle((start - 0.5, last - 0.5), stop - start, 1, **frame))
     figure.supxlabel("green: the last query, and the keys of the answer to its question", fontsize=9)
     save(figure, folder / "recall.png")
 

@@ -30,12 +30,8 @@ CITIES = (
     "Sofia", "Sydney", "Tokyo", "Tunis", "Turin", "Venice", "Vienna", "Warsaw", "Zagreb", "Zurich",
 )  # fmt: skip
 QUESTION = " The magic number of {} is"  # a needle goes on with " 1234567."
-NEEDLES = (
-    (6, 7),
-    (4, 7),
-    (4, 5),
-    (2, 3),
-)  # (needles in a text, digits of their numbers): the first that fits the context
+# (needles in a text, digits of their numbers): the first that fits the context
+NEEDLES = ((6, 7), (4, 7), (4, 5), (2, 3))
 PARTS = ("answer", "others", "first_token", "rest")  # of a text; others: the numbers of the other needles
 HELD_OUT = CITIES[::4]  # for the test: 20 of 80
 TAUGHT = tuple(city for city in CITIES if city not in HELD_OUT)
