@@ -143,7 +143,7 @@ def lambdas(logs, runs, folder):
     figure, axes = plt.subplots(1, len(seeds), figsize=(11, 3.6), sharey=True, squeeze=False)
     for axis, (attn, (first, *_)) in zip(axes[0], seeds.items()):
         draw_lambdas(figure, axis, first)
-        axis.set(xlabel="step", title=NAMES[attn])
+        axis.set(xlabel="step", title=f"{NAMES[attn]}, first seed")
     axes[0, 0].set(ylabel="lambda, the factor of the second map")
     save(figure, folder / "lambdas.png")
 
@@ -234,7 +234,9 @@ def inside(logs, runs, folder):
     for axis in (sink_axis, norm_axis, output_axis):
         axis.set(xlabel="layer", yscale="log")
         legend_above(axis, ncol=2)
-    figure.supxlabel("solid: means over seeds; of V1 and V2, the difference A1 - lambda A2", fontsize=9)
+    figure.supxlabel(
+        "solid: means over seeds; lowest: of all seeds, heads and queries; of V1 and V2, A1 - lambda A2", fontsize=9
+    )
     save(figure, folder / "attention.png")
     print_table("Attention sink: the first token's share in the second half of a text", sink_rows(found))
     print_table("Norm of a query's weights (the RMS it reads from uncorrelated values of RMS 1)", norm_rows(found))
@@ -370,7 +372,7 @@ def draw_retrieval(found, logs, folder):
     numbers = f"tokens, {seeds[0]['needles']} numbers in a text"
     learning_axis.set(xlabel="step", title=f"{min(lengths)} {numbers}, while it is learned")
     count_axis.set(xlabel="numbers in a text", title="by the numbers in a text")
-    depth_axis.set(xlabel="place of the answer, % of the text", title=f"{max(lengths)} {numbers}, by place")
+    depth_axis.set(xlabel="place of the answer, % from the beginning", title=f"{max(lengths)} {numbers}, by place")
     for axis in (learning_axis, count_axis, depth_axis):
         axis.set(ylabel="share of texts answered right")
     share_axis.set(ylabel="share of |A1 - lambda A2|", title=f"{max(lengths)} tokens: where the last token looks")

@@ -234,7 +234,7 @@ def test_lambda_of_the_first_seeds(kept, tmp_path, monkeypatch):
     evidence.lambdas(folder, {n: p for n, p in planned.items() if p.settings.attn == "v2"}, tmp_path)
     evidence.lambdas(folder, {n: p for n, p in planned.items() if p.settings.attn == "vanilla"}, tmp_path)
     titles = [[axis.get_title() for axis in figure.axes if axis.get_title()] for figure in figures]
-    assert titles == [["V1", "V2"], ["V2"]]
+    assert titles == [["V1, first seed", "V2, first seed"], ["V2, first seed"]]
     for axis in (axis for axis in figures[0].axes if axis.get_title()):
         assert [line.get_ydata()[-1] for line in axis.get_lines()] == [0.1, 0.1]  # of two layers
 
