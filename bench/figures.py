@@ -22,6 +22,7 @@ from bench.logs import (
     held_out_at,
     legend_above,
     mean_std,
+    middle,
     norm_row,
     plt,
     print_table,
@@ -59,7 +60,7 @@ def curves(logs, runs, folder):
     for (kind, seeds), (axis, column) in itertools.product(kinds.items(), zip(axes, ("loss", "grad_norm"))):
         shortest = min(len(log["step"]) for log in seeds)  # a run that diverged ends early
         lines = np.array([smooth(log[column][:shortest]) for log in seeds])
-        steps = seeds[0]["step"][:shortest][-lines.shape[1] :]
+        steps = middle(seeds[0]["step"][:shortest], lines[0])
         axis.plot(steps, lines.mean(0), color=COLORS[kind], label=REPORT_ROWS[kind], linewidth=1)
         axis.fill_between(steps, lines.min(0), lines.max(0), color=COLORS[kind], alpha=0.2, linewidth=0)
     axes[0].set(xlabel="step", ylabel="training loss, nats", yscale="log")
@@ -97,7 +98,7 @@ def tuning(logs, runs, folder):
     panels += ((dpo, "accuracy", "DPO: accuracy", "share of pairs"), (dpo, "margin", "DPO: margin of rewards", "nats"))
     for axis, (log, column, title, label) in zip(axes, panels):
         line, held_out = smooth(log[column]), log[f"val_{column}"]
-        axis.plot(log["step"][-len(line) :], line, color="tab:blue", linewidth=1, label="training, mean over 20 steps")
+        axis.plot(middle(log["step"], line), line, color="tab:blue", linewidth=1, label="training, mean over 20 steps")
         measured = ~np.isnan(held_out)
         axis.plot(log["step"][measured], held_out[measured], "o", color="tab:orange", markersize=4, label="held out")
         axis.set(xlabel="step", title=title, ylabel=label)

@@ -74,6 +74,12 @@ def smooth(values, width=20):
     return np.convolve(values, np.ones(width) / width, mode="valid")
 
 
+def middle(steps, line):
+    """The steps at which a line of smooth() is drawn: the middles of its windows."""
+    first = (len(steps) - len(line)) // 2
+    return steps[first : first + len(line)]
+
+
 def held_out_at(log, steps):
     """The held-out loss after some steps, interpolated between validations. NaN after the end of the run."""
     measured = ~np.isnan(log["val_loss"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.logs import plt, print_table, save, smooth
+from bench.logs import middle, plt, print_table, save, smooth
 from engine.settings import Parser, UserError, run_script
 
 PANELS = {  # column of log.csv -> title; speeds are per_s columns
@@ -62,7 +62,7 @@ def draw(logs, path):
             elif len(values):
                 line = np.exp(smooth(np.log(values))) if column == "grad_norm" else smooth(values)  # spikes weigh less
                 axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.5)
-                axis.plot(steps[-len(line) :], line, color=color, linewidth=1.5, label=name)
+                axis.plot(middle(steps, line), line, color=color, linewidth=1.5, label=name)
         axis.set(xlabel="step", ylabel=labels[column], title=title, yscale="log" if column == "grad_norm" else "linear")
     axes[0, 0].legend(fontsize=8)
     figure.supxlabel("thin: every step; thick: mean over 20 steps, or a quarter of a short run", fontsize=9)

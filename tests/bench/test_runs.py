@@ -393,6 +393,7 @@ def test_spikes_are_found_against_the_median_before():
 def test_smoothing_and_deviation():
     assert figures.smooth(np.arange(100.0)) == pytest.approx(np.arange(81) + 9.5)
     assert figures.smooth(np.array([1.0, 2.0])).tolist() == [1.0, 2.0]
+    assert figures.middle(np.arange(100), figures.smooth(np.arange(100.0))).tolist() == list(range(9, 90))
     assert figures.mean_std([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and figures.mean_std([0.5], 1) == "0.5"
     assert figures.mean_std([1.0, np.float64("nan")]) == "diverged"
 
