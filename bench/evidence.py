@@ -90,14 +90,15 @@ def print_cost(logs, runs, group):
 def large(logs, runs, folder):
     losses, norms, differences, drawn = [], [], [], {}
     for kind, name in NAMES.items():
-        seeds, compared = read_seeds(logs, runs, f"large/{kind}-"), pairs(logs, runs, "large", kind, "vanilla")
+        seeds = read_seeds(logs, runs, f"large/{kind}-")
         if not seeds:
             continue
         ends = [log["val_loss"][-1] for log in seeds]
         losses.append({"attn": name, "seeds": len(seeds), "held-out loss, nats": mean_std(ends)})
         losses[-1]["perplexity"] = mean_std(np.exp(ends), 2)
         norms.append(norm_row(name, seeds))
-        if compared and kind != "vanilla":
+        compared = [] if kind == "vanilla" else pairs(logs, runs, "large", kind, "vanilla")
+        if compared:
             drawn[kind] = compared
             for what, by_seed in compare(compared, STEPS).items():
                 row = {"attn": name, "seeds": len(compared), "at equal": what}
