@@ -1,4 +1,4 @@
-"""What the runs on data/large show, with 95 % intervals: loss, retrieval, outliers, V2's design, learning rates.
+"""What the runs on data/large show: loss, learning rates, V2's design, the inside of the models, retrieval.
 
 bench.figures prints these tables and draws these pictures. An interval over seeds is Student's, of differences between
 runs with the same seed, which have the same batches, where runs are compared.
@@ -6,6 +6,7 @@ runs with the same seed, which have the same batches, where runs are compared.
 
 import functools
 import itertools
+import re
 
 import numpy as np
 
@@ -73,14 +74,20 @@ def pairs(logs, runs, group, kind, other):
 
 
 def print_cost(logs, runs, group):
-    """Print what the runs of a group took, with compilation but without validation and saving."""
-    names, tokens, seconds = [name for name in runs if name.startswith(f"{group}/")], 0, 0.0
-    for name in names:
-        speed = read_log(logs, name)["tokens_per_s"]
-        a_step, steps = runs[name].settings.batch_size * runs[name].settings.block_size, np.isfinite(speed)
-        tokens, seconds = tokens + a_step * steps.sum(), seconds + (a_step / speed[steps]).sum()
-    row = {"group": group, "runs": len(names), "million tokens": f"{tokens / 1e6:.0f}"}
-    print_table("Cost", [row | {"GPU minutes": f"{seconds / 60:.1f}"}])
+    """Print what the runs of a group took by kind, with compilation but without validation and saving."""
+    costs = {}
+    for name, plan in runs.items():
+        if name.startswith(f"{group}/"):
+            speed = read_log(logs, name)["tokens_per_s"]
+            speed, a_step = speed[np.isfinite(speed)], plan.settings.batch_size * plan.settings.block_size
+            kind = re.sub(r"(-[\d.]+)+$", "", name)  # without seed, learning rate and length
+            costs.setdefault(kind, []).append((a_step * len(speed) / 1e6, (a_step / speed).sum() / 60))
+    rows = []
+    for kind, values in (costs | {"all": itertools.chain(*costs.values())}).items():
+        tokens, minutes = zip(*values)
+        row = {"runs of": kind, "number": len(tokens), "million tokens": f"{sum(tokens):.0f}"}
+        rows.append(row | {"GPU minutes": f"{sum(minutes):.1f}"})
+    print_table("Cost", rows)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -133,20 +140,6 @@ def draw_gaps(drawn, runs, folder):
     banded = any(len(compared) > 2 for compared in drawn.values())
     axes[0].legend(fontsize=8, title="band: 95 % interval" if banded else None, title_fontsize=8)
     save(figure, folder / "large.png")
-
-
-def lambdas(logs, runs, folder):
-    """Draw lambda by layer in the first seed of V1 and of V2."""
-    seeds = {attn: read_seeds(logs, runs, f"large/{attn}-") for attn in ("v1", "v2")}
-    seeds = {attn: found for attn, found in seeds.items() if found}
-    if not seeds:
-        return
-    figure, axes = plt.subplots(1, len(seeds), figsize=(11, 3.6), sharey=True, squeeze=False)
-    for axis, (attn, (first, *_)) in zip(axes[0], seeds.items()):
-        draw_lambdas(figure, axis, first)
-        axis.set(xlabel="step", title=f"{NAMES[attn]}, first seed")
-    axes[0, 0].set(ylabel="lambda, the factor of the second map")
-    save(figure, folder / "lambdas.png")
 
 
 def shared_keys(logs, runs, folder):
@@ -208,7 +201,21 @@ def design(logs, runs, folder):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Inside the models (bench.probes): the first token's share of attention, and the norms of weights and outputs
+# Inside the models: lambda, and what bench.probes measured, but for outliers
+
+
+def lambdas(logs, runs, folder):
+    """Draw lambda by layer in the first seed of V1 and of V2."""
+    seeds = {attn: read_seeds(logs, runs, f"large/{attn}-") for attn in ("v1", "v2")}
+    seeds = {attn: found for attn, found in seeds.items() if found}
+    if not seeds:
+        return
+    figure, axes = plt.subplots(1, len(seeds), figsize=(11, 3.6), sharey=True, squeeze=False)
+    for axis, (attn, (first, *_)) in zip(axes[0], seeds.items()):
+        draw_lambdas(figure, axis, first)
+        axis.set(xlabel="step", title=f"{NAMES[attn]}, first seed")
+    axes[0, 0].set(ylabel="lambda, the factor of the second map")
+    save(figure, folder / "lambdas.png")
 
 
 def inside(logs, runs, folder):
@@ -235,9 +242,8 @@ def inside(logs, runs, folder):
     for axis in (sink_axis, norm_axis, output_axis):
         axis.set(xlabel="layer", yscale="log")
         legend_above(axis, ncol=2)
-    figure.supxlabel(
-        "solid: means over seeds; lowest: of all seeds, heads and queries; of V1 and V2, A1 - lambda A2", fontsize=9
-    )
+    text = "solid: means over seeds; lowest: of all seeds, heads and queries; of V1 and V2, A1 - lambda A2"
+    figure.supxlabel(text, fontsize=9)
     save(figure, folder / "attention.png")
     print_table("Attention sink: the first token's share in the second half of a text", sink_rows(found))
     print_table("Norm of a query's weights (the RMS it reads from uncorrelated values of RMS 1)", norm_rows(found))

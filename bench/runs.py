@@ -250,6 +250,11 @@ def train_run(plan, folder, log, device):
     pretrains = issubclass(plan.task_class, train.Pretraining)
     resume = any((folder / name).exists() for name in (NEWEST, PREVIOUS))
     settings = replace(plan.settings, out_dir=str(folder), resume=resume, device=device)
+    if plan.after and not resume and not Path(settings.init_from).exists():
+        raise UserError(
+            f"there is no {settings.init_from}: the log of {plan.after} was kept, its model not; "
+            "with another folder as --logs, both can be trained"
+        )
     checkpoint = load_checkpoint(settings.init_from) if settings.init_from and not resume else None
     if resume:
         checkpoint = load_latest(folder)
@@ -369,11 +374,6 @@ def train_missing(runs, arguments):
                             pass
                     if plan.after and not log_path(arguments.logs, plan.after).exists():
                         raise UserError(f"{name} begins with the model of {plan.after}, which is not done")
-                    if plan.after and not Path(plan.settings.init_from).exists():
-                        raise UserError(
-                            f"{name} begins with {plan.settings.init_from}, which is not there, although {plan.after} "
-                            f"has a log in {arguments.logs}; with another folder as --logs, both can be trained"
-                        )
                     print(f"\n{name}:")
                     reset_memory(device)
                     train_run(plan, folder, log, arguments.device)

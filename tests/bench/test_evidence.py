@@ -113,9 +113,12 @@ def test_the_gap_has_the_interval_of_paired_differences(kept, tmp_path, capsys):
     assert [row[1:4] for row in rows if row[0] == "plain, 12 heads of 64"][0] == ["1", "steps", "+0.050"]
     ends = {row[0]: row[1:3] for row in table(text, "Held-out loss at the end")}
     assert ends["plain"] == ["5", "6.000 ± 1.581"] and ends["V1, 3 pairs of 128"] == ["2", "7.520 ± 0.707"]
-    tokens = 21 * 30 * 65536
-    minutes = (13 * 30 * 65536 / 1000 + 6 * 30 * 65536 / 500 + 2 * 30 * 65536 / 250) / 60
-    assert table(text, "Cost") == [["large", "21", f"{tokens / 1e6:.0f}", f"{minutes:.1f}"]]
+    a_run = 30 * 65536  # tokens, at 1000 a second, V2's at 500 and v2-shared's at 250
+    costs = {row[0]: row[1:] for row in table(text, "Cost")}
+    assert costs["large/v1"] == ["5", f"{5 * a_run / 1e6:.0f}", f"{5 * a_run / 1000 / 60:.1f}"]
+    assert costs["large/v2-shared"] == ["2", f"{2 * a_run / 1e6:.0f}", f"{2 * a_run / 250 / 60:.1f}"]
+    minutes = a_run * (13 / 1000 + 6 / 500 + 2 / 250) / 60
+    assert costs["all"] == ["21", f"{21 * a_run / 1e6:.0f}", f"{minutes:.1f}"] and [*costs][-1] == "all"
 
 
 def test_the_picture_of_gaps_begins_after_the_warmup(kept, tmp_path, monkeypatch, capsys):

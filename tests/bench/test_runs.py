@@ -323,9 +323,18 @@ def test_only_missing_runs_are_trained_and_their_folders_removed(plan, tmp_path,
     assert {path.name for path in (tmp_path / "curves").rglob("*")} - {"lock"} == {"c", "best.pt", tokenizer}
     with pytest.raises(UserError, match="x begins with the model of curves/b, which is not done"):
         runs.train_missing({"x": replace(plan(), after="curves/b")}, arguments)
-    start = plan(init_from=f"{tmp_path}/curves/a/best.pt")
-    with pytest.raises(UserError, match="x begins with .*best.pt, which is not there, although curves/a has a log in"):
-        runs.train_missing({"x": replace(start, after="curves/a")}, arguments)
+
+
+def test_a_run_whose_start_was_not_kept_is_refused_but_goes_on(plan, tmp_path, monkeypatch):
+    train_run(plan(keep="last"), tmp_path / "start", tmp_path / "start.csv")
+    later = replace(plan(init_from=f"{tmp_path}/start/best.pt"), after="start")
+    with interrupted_by_saving(monkeypatch):
+        train_run(later, tmp_path / "run", tmp_path / "run.csv")
+    (tmp_path / "start" / "best.pt").unlink()
+    with pytest.raises(UserError, match="there is no .*start/best.pt: the log of start was kept, its model not"):
+        train_run(later, tmp_path / "other", tmp_path / "other.csv")
+    train_run(later, tmp_path / "run", tmp_path / "run.csv")  # its checkpoint has all that it needs
+    assert (tmp_path / "run.csv").exists()
 
 
 def test_a_run_waits_for_the_one_that_it_starts_from(plan, tmp_path, monkeypatch):
