@@ -69,7 +69,7 @@ def over_seeds(values, digits=3, sign=""):
 def pairs(logs, runs, group, kind, other):
     """Read the logs of two kinds of runs -> [(log, the other's log)] for each seed that both have."""
     seeds = [name.removeprefix(f"{group}/{kind}-") for name in runs if name.startswith(f"{group}/{kind}-")]
-    names = [(f"{group}/{kind}-{seed}", f"{group}/{other}-{seed}") for seed in seeds if seed.isdecimal()]
+    names = [(f"{group}/{kind}-{seed}", f"{group}/{other}-{seed}") for seed in seeds]
     return [(read_log(logs, name), read_log(logs, another)) for name, another in names if another in runs]
 
 

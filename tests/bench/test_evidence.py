@@ -167,6 +167,7 @@ def test_retrieval(kept, tmp_path, capsys):
     differences = [row[2:8] for row in rows if "minus plain" in row[0]]
     assert differences[:4] == [["3", *["+0.000 ± 0.000"] * 5]] * 4
     assert len(shares) == 8 and differences[4:] == [["1", *["+0.000"] * 5]] * 2  # of plain with 12 heads, seed 3
+    assert [row[:2] for row in table(text, "Cost")][1:3] == [["retrieval/v1", "6"], ["retrieval/v2", "6"]]
     shares = table(text, "Shares")
     assert len(shares) == 1 + 3 + 3 + 1 and shares[2][:3] == ["V1", "3", "first"]
     assert shares[2][3:7] == [f"{part:.4f} ± 0.0000" for part in (0.3, 0.1, 0.1, 0.5)]
