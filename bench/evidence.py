@@ -120,25 +120,28 @@ def large(logs, runs, folder):
 
 
 def draw_gaps(drawn, runs, folder):
-    """Draw the gaps of {kind: [(log, plain's log)]} at equal steps and at equal time."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    """Draw the gaps of {kind: [(log, plain's log)]} at equal steps, their end enlarged, and at equal time."""
+    figure, (all_axis, end_axis, time_axis) = plt.subplots(1, 3, figsize=(13, 4.3))
+    time_axis.sharey(all_axis)
     _, plain = next(iter(drawn.values()))[0]
     steps = plain["step"][~np.isnan(plain["val_loss"])]
     warmup = next(iter(runs.values())).settings.warmup_steps  # that of all runs
     steps = steps[steps >= warmup]  # before, the loss falls too steeply to interpolate
-    for kind, compared in drawn.items():
-        for axis, by_seed in zip(axes, compare(compared, steps).values()):
-            mean, half = t_interval(by_seed)
-            label = f"{NAMES[kind]}, n = {len(compared)}"
-            axis.plot(steps, mean, "o-", color=COLORS[kind], label=label, markersize=2, linewidth=1)
-            if len(compared) > 2:  # with two, the interval is 12.7 standard errors
-                axis.fill_between(steps, mean - half, mean + half, color=COLORS[kind], alpha=0.2, linewidth=0)
-    for axis, title in zip(axes, ("at equal steps", "after the time that plain takes")):
+    last_third = steps[steps >= steps[-1] * 2 / 3]
+    panels = (all_axis, "steps", steps), (end_axis, "steps", last_third), (time_axis, "time", steps)
+    for (kind, compared), (axis, equal, at) in itertools.product(drawn.items(), panels):
+        mean, half = t_interval(compare(compared, at)[equal])
+        label = f"{NAMES[kind]}, n = {len(compared)}"
+        axis.plot(at, mean, "o-", color=COLORS[kind], label=label, markersize=2, linewidth=1)
+        if len(compared) > 2:  # with two, the interval is 12.7 standard errors
+            axis.fill_between(at, mean - half, mean + half, color=COLORS[kind], alpha=0.2, linewidth=0)
+    titles = ("at equal steps", "at equal steps, the last third", "after the time that plain takes")
+    for (axis, _, _), title in zip(panels, titles):
         axis.axhline(0, color=COLORS["vanilla"], linewidth=1, label="plain")
         axis.set(xlabel="step of plain", title=title)
-    axes[0].set(ylabel="held-out loss minus plain's, nats")
+    all_axis.set(ylabel="held-out loss minus plain's, nats")
     banded = any(len(compared) > 2 for compared in drawn.values())
-    axes[0].legend(fontsize=8, title="band: 95 % interval" if banded else None, title_fontsize=8)
+    all_axis.legend(fontsize=8, title="band: 95 % interval" if banded else None, title_fontsize=8)
     save(figure, folder / "large.png")
 
 
@@ -195,7 +198,9 @@ def design(logs, runs, folder):
         ends = [log["val_loss"][-1] for log, _ in compared]
         differences = [log["val_loss"][-1] - v2["val_loss"][-1] for log, v2 in compared]
         row = {"design": NAMES.get(kind, kind), "seeds": len(compared), "held-out loss, nats": mean_std(ends)}
-        rows.append(row | {"minus V2's": with_interval(differences, 3, "+") if kind != "v2" else ""})
+        row["minus V2's"] = with_interval(differences, 3, "+") if kind != "v2" else ""
+        norms = norm_row(kind, [log for log, _ in compared])
+        rows.append(row | {name: text for name, text in norms.items() if name != "run"})
     print_table("V2 taken apart: held-out loss at the end, and its difference from V2 with a 95 % interval", rows)
     print_cost(logs, runs, "design")
 
@@ -290,9 +295,7 @@ def outliers(group, logs, runs, folder):
     if not found:
         return
     figure, axes = plt.subplots(2, len(ACTIVATIONS), figsize=(11, 5.5), sharex=True)
-    kinds = [kind for kind in NAMES if kind in found]
-    for (column, (what, title)), attn in itertools.product(enumerate(ACTIVATIONS.items()), kinds):
-        probes = found[attn]
+    for (column, (what, title)), (attn, probes) in itertools.product(enumerate(ACTIVATIONS.items()), found.items()):
         row = {"activations": title, "attn": NAMES[attn], "seeds": len(probes)}
         for axis, measure in zip(axes[:, column], ("largest", "kurtosis")):
             by_layer = np.array([probe["outliers"][what][measure] for probe in probes])  # (seeds, layers)
@@ -319,13 +322,13 @@ def outliers(group, logs, runs, folder):
 
 
 def read_retrieval(logs, runs):
-    """Read what bench.retrieval measured -> {(kind of run, length): {seed: measured}}."""
+    """Read what bench.retrieval measured -> {(kind of run, length): {seed: measured}}, by length, kinds as in NAMES."""
     found = {}
     for name in runs:
         if name.startswith("retrieval/"):
             kind, seed, length = name.removeprefix("retrieval/").rsplit("-", 2)
             found.setdefault((kind, int(length)), {})[int(seed)] = read_json(logs, name)
-    return found
+    return dict(sorted(found.items(), key=lambda item: (item[0][1], [*NAMES].index(item[0][0]))))
 
 
 def seed_range(values):
@@ -359,7 +362,7 @@ def draw_retrieval(found, logs, folder):
         bars = dict(color=color, marker="o", markersize=3, capsize=2, linewidth=1)
         counts = list(seeds[0]["accuracy"])
         right = np.array([accuracies(seeds, count)[1] for count in counts]).T  # (seeds, counts)
-        style = dict(linestyle="-" if length == max(lengths) else ":", label=f"{NAMES[kind]}, {length} tokens")
+        style = dict(linestyle="-" if length == max(lengths) else ":")
         places = [int(count) + 0.1 * beside for count in counts]
         count_axis.errorbar(places, right.mean(0), seed_range(right), **bars, **style)
         if length == min(lengths):
@@ -367,25 +370,26 @@ def draw_retrieval(found, logs, folder):
             measured = ~np.isnan(validations[0]["val_accuracy"])
             right = np.array([log["val_accuracy"][measured] for log in validations])
             steps = validations[0]["step"][measured]
-            learning_axis.plot(steps, right.mean(0), "o-", color=color, label=NAMES[kind], markersize=3)
+            label = f"{NAMES[kind]}, n = {len(seeds)}"
+            learning_axis.plot(steps, right.mean(0), "o-", color=color, label=label, markersize=3)
             learning_axis.fill_between(steps, right.min(0), right.max(0), color=color, alpha=0.2, linewidth=0)
         if length == max(lengths):
             right = accuracies(seeds, str(seeds[0]["needles"]))[0]  # (seeds, depths)
             places = (np.arange(right.shape[1]) + 0.5) / right.shape[1] * 100
-            depth_axis.errorbar(places + beside, right.mean(0), seed_range(right), **bars, label=NAMES[kind])
+            depth_axis.errorbar(places + beside, right.mean(0), seed_range(right), **bars)
             shares = np.array([[np.mean(seed["needle"]["weights"][part]) for part in PARTS[:-1]] for seed in seeds])
             places = np.arange(len(PARTS) - 1) + 0.22 * beside
             share_axis.bar(places, shares.mean(0), 0.2, yerr=seed_range(shares), color=color, capsize=2)
     numbers = f"tokens, {seeds[0]['needles']} numbers in a text"
     learning_axis.set(xlabel="step", title=f"{min(lengths)} {numbers}, while it is learned")
-    count_axis.set(xlabel="numbers in a text", title="by the numbers in a text")
+    title = "by the numbers in a text" + (f"; dotted: {min(lengths)} tokens" if min(lengths) < max(lengths) else "")
+    count_axis.set(xlabel="numbers in a text", title=title)
     depth_axis.set(xlabel="place of the answer, % from the beginning", title=f"{max(lengths)} {numbers}, by place")
     for axis in (learning_axis, count_axis, depth_axis):
         axis.set(ylabel="share of texts answered right")
     share_axis.set(ylabel="share of |A1 - lambda A2|", title=f"{max(lengths)} tokens: where the last token looks")
     share_axis.set_xticks(range(len(PARTS) - 1), ["answer", "other numbers", "first token"])
-    for axis in (learning_axis, count_axis, depth_axis):
-        axis.legend(fontsize=7)
+    learning_axis.legend(title="colors in all four", title_fontsize=8, fontsize=8)
     figure.supxlabel("bands and bars: lowest to highest seed; below right: mean over layers and heads", fontsize=9)
     save(figure, folder / "retrieval.png")
 
@@ -395,7 +399,7 @@ def recall_maps(logs, runs, folder):
     found = read_retrieval(logs, runs)
     shortest = min(length for _, length in found)
     first = {kind: next(iter(seeds.values())) for (kind, length), seeds in found.items() if length == shortest}
-    heads = {kind: measured["recall"] for kind, measured in first.items()}
+    heads = {kind: first[kind]["recall"] for kind in KINDS if kind in first}
     figure, axes = plt.subplots(len(heads), 3, figsize=(13, 3.9 * len(heads)), squeeze=False)
     for row, (kind, head) in zip(axes, heads.items()):
         place = f"{NAMES[kind]}, layer {head['layer']}, head {head['head']}"

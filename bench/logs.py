@@ -55,13 +55,13 @@ def read_json(logs, name):
 
 
 def read_probes(logs, runs, group):
-    """Read what bench.probes measured in a group of runs -> {kind of run: [one for each seed]}."""
+    """Read what bench.probes measured in a group of runs -> {kind of run: [one for each seed]}, in NAMES' order."""
     found = {}
     for name, plan in runs.items():
         if name.startswith(f"{group}/") and plan.probe_texts:
             kind = name.removeprefix(f"{group}/").rsplit("-", 1)[0]
             found.setdefault(kind, []).append(read_json(logs, name))
-    return found
+    return {kind: found[kind] for kind in NAMES if kind in found}
 
 
 # ---------------------------------------------------------------------------------------------------

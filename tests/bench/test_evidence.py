@@ -121,10 +121,13 @@ def test_the_picture_of_gaps_begins_after_the_warmup(kept, tmp_path, monkeypatch
     figures = []
     monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
     evidence.large(*kept, tmp_path)
-    for axis in figures[0].axes:
-        curves = [line for line in axis.get_lines() if "n = " in line.get_label()]
-        assert len(curves) == 5 and all(line.get_xdata()[0] == 200 for line in curves)
+    for axis, first, v2 in zip(figures[0].axes, (200, 1000, 200), (-0.03, -0.03, 0.97)):  # as in the test above
+        curves = {line.get_label(): line for line in axis.get_lines() if "n = " in line.get_label()}
+        assert len(curves) == 5 and all(line.get_xdata()[0] == first for line in curves.values())
+        assert curves["V2, n = 5"].get_ydata()[-1] == pytest.approx(v2)
         assert len(axis.collections) == 2  # bands of V1 and V2, of which there are five
+    whole, end, time = figures[0].axes
+    assert whole.get_ylim() == time.get_ylim() != end.get_ylim()
     norms = {row[0]: row[1:] for row in table(capsys.readouterr().out, "Gradient norm")}
     assert norms["V2"] == ["0, 0, 0, 0, 0", "0.0, 0.0, 0.0, 0.0, 0.0"]  # these logs have 30 rows
     assert norms["V1, 3 pairs of 128"] == ["0, 0", "0.0, 0.0"]
@@ -153,25 +156,30 @@ def test_designs_are_compared_with_v2(kept, tmp_path, capsys):
     rows = {row[0]: row[1:] for row in table(capsys.readouterr().out, "V2 taken apart")}
     assert list(rows) == ["V2", "plain", "across", "no-lambda", "half", "no-sigmoid", "norm"]
     assert rows["norm"][2] == "+0.030 ± 0.000" and rows["half"][2] == "+0.020 ± 0.025" and rows["V2"][2] == ""
+    assert rows["norm"][3:] == ["0, 0, 0", "0.0, 0.0, 0.0"]  # no spikes; these logs have 30 rows
 
 
 def test_retrieval(kept, tmp_path, capsys):
     evidence.retrieval(*kept, tmp_path)
     text = capsys.readouterr().out
     rows = table(text, "Retrieval: share of texts answered right")
-    assert [row[:2] for row in rows[:4]] == [[name, "512"] for name in ("plain", "V1", "V1 minus plain", "V2")]
-    assert rows[3][8] == "step 1400, step 1400, step 1400"  # these logs have validations from 0 to 1
-    assert [row[8] for row in rows if row[:2] == ["V2", "2048"]] == ["never, never, never"]  # and these to 0.5
-    shares = [row[2:8] for row in rows if "minus" not in row[0]]
-    assert shares[:6] == [["3", *["0.800 ± 0.248"] * 5]] * 6  # 0.9, 0.8 and 0.7
-    differences = [row[2:8] for row in rows if "minus plain" in row[0]]
-    assert differences[:4] == [["3", *["+0.000 ± 0.000"] * 5]] * 4
-    assert len(shares) == 8 and differences[4:] == [["1", *["+0.000"] * 5]] * 2  # of plain with 12 heads, seed 3
+    heads, names = "plain, 12 heads of 64", ["plain"]  # in the order of NAMES, whatever the order of the runs
+    names += [name + minus for name in (heads, "V1", "V2") for minus in ("", " minus plain")]
+    assert [row[:2] for row in rows] == [[name, length] for length in ("512", "2048") for name in names]
+    rows = {(row[0], row[1]): row[2:] for row in rows}
+    assert rows["V2", "512"][6] == "step 1400, step 1400, step 1400"  # these logs have validations from 0 to 1
+    assert rows["V2", "2048"][6] == "never, never, never"  # and these to 0.5
+    for name, length in itertools.product(("plain", "V1", "V2"), ("512", "2048")):
+        assert rows[name, length][:6] == ["3", *["0.800 ± 0.248"] * 5]  # 0.9, 0.8 and 0.7
+        assert rows[heads, length][:6] == ["1", *["0.700"] * 5]  # seed 3
+        assert rows[f"{heads} minus plain", length][:6] == ["1", *["+0.000"] * 5]
+        if name != "plain":
+            assert rows[f"{name} minus plain", length][:6] == ["3", *["+0.000 ± 0.000"] * 5]
     assert [row[:2] for row in table(text, "Cost")][1:3] == [["retrieval/v1", "6"], ["retrieval/v2", "6"]]
     shares = table(text, "Shares")
-    assert len(shares) == 1 + 3 + 3 + 1 and shares[2][:3] == ["V1", "3", "first"]
-    assert shares[2][3:7] == [f"{part:.4f} ± 0.0000" for part in (0.3, 0.1, 0.1, 0.5)]
-    assert shares[2][7] == "0.500 ± 0.621"
+    assert len(shares) == 1 + 1 + 3 + 3 and shares[3][:3] == ["V1", "3", "first"]
+    assert shares[3][3:7] == [f"{part:.4f} ± 0.0000" for part in (0.3, 0.1, 0.1, 0.5)]
+    assert shares[3][7] == "0.500 ± 0.621"
 
 
 def test_retrieval_is_compared_at_the_same_seed(kept):
@@ -215,7 +223,7 @@ def test_the_inside_of_the_models(kept, tmp_path, monkeypatch, capsys):
     # The means of two layers are 0.15 to 0.35; layer 0 has 0.3 in the mean of five seeds.
     assert sinks[0] == ["plain", "5", "weights", "0.25000 ± 0.07906", "0.3000", "0"]
     lowest = [line.get_ydata()[1] for line in figures[0].axes[1].get_lines() if line.get_linestyle() == ":"]
-    assert lowest == [0.01, 0.01, 0.01, 0.04, 0.03]  # the last two are seed 4 and 3 of a variant
+    assert lowest == [0.01, 0.03, 0.01, 0.01, 0.04]  # plain with 12 heads is seed 3, V2 at plain's rate seed 4
 
 
 def test_lambda_of_the_first_seeds(kept, tmp_path, monkeypatch):
@@ -255,7 +263,7 @@ def test_maps_of_the_head_that_finds_the_answer(kept, tmp_path, monkeypatch):
     evidence.recall_maps(*kept, tmp_path)
     titles = [axis.get_title() for axis in figures[0].axes if axis.get_images()]
     plain, *v1 = titles[:4]
-    assert len(titles) == 8 and plain == "plain, layer 1, head 512: its only map"  # seed 1
+    assert len(titles) == 7 and plain == "plain, layer 1, head 512: its only map"  # seed 1
     kinds = ("A1", "A2", "A1 - 0.25 A2 (lambda of the last query)")
     assert v1 == [f"V1, layer 1, head 512: {kind}" for kind in kinds]
     drawn = [axis.get_images()[0].get_array()[1].tolist() for axis in figures[0].axes if axis.get_title()]
