@@ -12,9 +12,7 @@ import numpy as np
 
 from bench.logs import (
     COLORS,
-    MEMORY,
     NAMES,
-    SPIKE,
     draw_lambdas,
     draw_map,
     gaps,
@@ -30,7 +28,6 @@ from bench.logs import (
     read_probes,
     read_seeds,
     save,
-    stability_row,
 )
 from bench.retrieval import PARTS
 from bench.runs import KINDS
@@ -168,41 +165,33 @@ def compare(compared, steps):
 
 
 def sweep(logs, runs, folder):
-    rows = {}
+    losses, norms = {}, []
     for name, plan in runs.items():
         if name.startswith("sweep/"):
-            rate = rate_text(plan.settings.learning_rate)
-            row = rows.setdefault(rate, {"peak learning rate": rate} | {NAMES[attn]: "" for attn in KINDS})
-            row[NAMES[plan.settings.attn]] = f"{read_log(logs, name)['val_loss'][-1]:.3f}"
-    print_table("Learning rates: held-out loss after 500 steps of 65,536 tokens", [*rows.values()])
+            log, rate, attn = read_log(logs, name), rate_text(plan.settings.learning_rate), NAMES[plan.settings.attn]
+            row = losses.setdefault(rate, {"peak learning rate": rate} | {NAMES[kind]: "" for kind in KINDS})
+            row[attn] = mean_std([log["val_loss"][-1]])
+            norms.append(norm_row(f"{attn}, {rate}", [log]))
+    print_table("Learning rates: held-out loss after 500 steps of 65,536 tokens", [*losses.values()])
+    print_table("Gradient norm in the runs `sweep`", norms)
+    print_cost(logs, runs, "sweep")
 
 
-def stability(group, title, logs, runs, folder):
-    names = [name for name in runs if name.startswith(f"{group}/")]
+def ends(group, base, title, logs, runs, folder):
+    """Compare the kinds of runs of a group with `base`, seed by seed: held-out loss at the end, and spikes."""
     rows = []
-    for name in names:
-        settings = runs[name].settings
-        labels = {"peak learning rate": rate_text(settings.learning_rate), "attn": NAMES[settings.attn]}
-        labels["seed"] = settings.seed
-        rows.append(labels | stability_row(read_log(logs, name), settings))
-    print_table(f"{title}: a spike is above {SPIKE} times the median of the {MEMORY} steps before", rows)
-    print_cost(logs, runs, group)
-
-
-def design(logs, runs, folder):
-    rows = []
-    for kind in dict.fromkeys(plan.settings.attn for name, plan in runs.items() if name.startswith("design/")):
-        compared = pairs(logs, runs, "design", kind, "v2")
+    for kind in dict.fromkeys(plan.settings.attn for name, plan in runs.items() if name.startswith(f"{group}/")):
+        compared = pairs(logs, runs, group, kind, base)
         if not compared:
             continue
-        ends = [log["val_loss"][-1] for log, _ in compared]
-        differences = [log["val_loss"][-1] - v2["val_loss"][-1] for log, v2 in compared]
-        row = {"design": NAMES.get(kind, kind), "seeds": len(compared), "held-out loss, nats": mean_std(ends)}
-        row["minus V2's"] = with_interval(differences, 3, "+") if kind != "v2" else ""
+        losses = [log["val_loss"][-1] for log, _ in compared]
+        differences = [log["val_loss"][-1] - other["val_loss"][-1] for log, other in compared]
+        row = {"attn": NAMES.get(kind, kind), "seeds": len(compared), "held-out loss, nats": mean_std(losses)}
+        row[f"minus {NAMES[base]}'s"] = with_interval(differences, 3, "+") if kind != base else ""
         norms = norm_row(kind, [log for log, _ in compared])
         rows.append(row | {name: text for name, text in norms.items() if name != "run"})
-    print_table("V2 taken apart: held-out loss at the end, and its difference from V2 with a 95 % interval", rows)
-    print_cost(logs, runs, "design")
+    print_table(f"{title}: at the end, with a 95 % interval of the difference", rows)
+    print_cost(logs, runs, group)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -224,7 +213,7 @@ def lambdas(logs, runs, folder):
 
 
 def inside(logs, runs, folder):
-    found = read_probes(logs, runs, "large")
+    found = {attn: [*seeds.values()] for attn, seeds in read_probes(logs, runs, "large").items()}
     if not found:
         return
     figure, (sink_axis, norm_axis, output_axis) = plt.subplots(1, 3, figsize=(13, 4))
@@ -298,7 +287,7 @@ def outliers(group, logs, runs, folder):
     for (column, (what, title)), (attn, probes) in itertools.product(enumerate(ACTIVATIONS.items()), found.items()):
         row = {"activations": title, "attn": NAMES[attn], "seeds": len(probes)}
         for axis, measure in zip(axes[:, column], ("largest", "kurtosis")):
-            by_layer = np.array([probe["outliers"][what][measure] for probe in probes])  # (seeds, layers)
+            by_layer = np.array([probe["outliers"][what][measure] for probe in probes.values()])  # (seeds, layers)
             layers = np.arange(by_layer.shape[1])
             axis.plot(layers, by_layer.mean(0), "o-", color=COLORS[attn], label=NAMES[attn], markersize=3)
             axis.fill_between(layers, by_layer.min(0), by_layer.max(0), color=COLORS[attn], alpha=0.2, linewidth=0)
@@ -307,6 +296,10 @@ def outliers(group, logs, runs, folder):
                 row[f"{measure}, {layer} layer"] = over_seeds(values, 1)
         axes[0, column].set(title=title)
         axes[1, column].set(xlabel="layer")
+        by_seed = [found.get("vanilla", {}), probes]
+        plain, ours = ({s: max(probe["outliers"][what]["largest"]) for s, probe in x.items()} for x in by_seed)
+        differences = [value - plain[seed] for seed, value in ours.items() if seed in plain]
+        row["largest, highest layer, minus plain's"] = over_seeds(differences, 1, "+") if attn != "vanilla" else ""
         rows.append(row)
     for axis in axes[1]:
         axis.axhline(3, color="lightgray", zorder=0, label="normal distribution")
@@ -454,12 +447,12 @@ def share_rows(found):
 
 
 FIGURES = {  # by group of runs
-    "sweep": (sweep, functools.partial(stability, "sweep", "Stability of the same runs")),
+    "sweep": (sweep,),
     "large": (large, shared_keys, lambdas, inside, functools.partial(outliers, "large")),
     "stable": (
-        functools.partial(stability, "stable", "Stability at 2e-3, 500 steps of 65,536 tokens"),
+        functools.partial(ends, "stable", "vanilla", "500 steps of 65,536 tokens at a peak learning rate of 2e-3"),
         functools.partial(outliers, "stable"),
     ),
-    "design": (design,),
+    "design": (functools.partial(ends, "design", "v2", "V2 taken apart"),),
     "retrieval": (retrieval, recall_maps),
 }

@@ -55,12 +55,12 @@ def read_json(logs, name):
 
 
 def read_probes(logs, runs, group):
-    """Read what bench.probes measured in a group of runs -> {kind of run: [one for each seed]}, in NAMES' order."""
+    """Read what bench.probes measured in a group of runs -> {kind of run: {seed: measured}}, in the order of NAMES."""
     found = {}
     for name, plan in runs.items():
         if name.startswith(f"{group}/") and plan.probe_texts:
-            kind = name.removeprefix(f"{group}/").rsplit("-", 1)[0]
-            found.setdefault(kind, []).append(read_json(logs, name))
+            kind, seed = name.removeprefix(f"{group}/").rsplit("-", 1)
+            found.setdefault(kind, {})[int(seed)] = read_json(logs, name)
     return {kind: found[kind] for kind in NAMES if kind in found}
 
 
@@ -111,22 +111,6 @@ def norm_row(name, seeds):
     count = ", ".join(str(len(spikes(values))) for values in norms)
     highest = ", ".join(f"{np.nanmax(values[200:], initial=0):.1f}" for values in norms)
     return {"run": name, "spikes": count, "highest after step 200": highest}
-
-
-def stability_row(log, settings):
-    norms = gradient_norms(log)
-    last = len(norms)
-    later = norms[settings.warmup_steps :]
-    diverged = last < settings.max_steps or not np.isfinite(log["val_loss"][-1])
-    return {
-        "spikes": len(spikes(norms)),
-        "skipped steps": int((~np.isfinite(norms)).sum()),
-        "highest norm": f"{np.nanmax(norms):.2f}",
-        "after the warmup": f"{np.nanmax(later):.2f}" if len(later) else "",
-        "loss, last 50 steps": f"{np.nanmean(log['loss'][-50:]):.3f}",
-        "held-out": f"{log['val_loss'][-1]:.3f}",
-        "diverged": f"step {last}" if diverged else "no",
-    }
 
 
 # ---------------------------------------------------------------------------------------------------

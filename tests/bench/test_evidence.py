@@ -152,7 +152,8 @@ def test_one_seed_has_no_interval(kept, tmp_path, capsys):
 
 
 def test_designs_are_compared_with_v2(kept, tmp_path, capsys):
-    evidence.design(*kept, tmp_path)
+    for draw in evidence.FIGURES["design"]:
+        draw(*kept, tmp_path)
     rows = {row[0]: row[1:] for row in table(capsys.readouterr().out, "V2 taken apart")}
     assert list(rows) == ["V2", "plain", "across", "no-lambda", "half", "no-sigmoid", "norm"]
     assert rows["norm"][2] == "+0.030 ± 0.000" and rows["half"][2] == "+0.020 ± 0.025" and rows["V2"][2] == ""
@@ -244,17 +245,49 @@ def test_outliers(kept, tmp_path, capsys):
     rows = table(capsys.readouterr().out, "Outliers by layer in the runs `large`")
     names = ["plain", "plain, 12 heads of 64", "V1", "V2", "V2, plain's learning rate"]
     assert len(rows) == 15 and [tuple(row[1:3]) for row in rows[:5]] == [*zip(names, "51551")]
-    assert all(row[5:] == ["7.0 ± 2.0", "9.0 ± 0.0"] for row in rows if row[2] == "5")  # the medians are 5 to 9
-    assert rows[1][5:] == ["7.0", "9.0"]  # of seed 3
+    assert all(row[5:7] == ["7.0 ± 2.0", "9.0 ± 0.0"] for row in rows if row[2] == "5")  # the medians are 5 to 9
+    assert rows[1][5:7] == ["7.0", "9.0"]  # of seed 3
+
+
+def test_outliers_are_compared_with_plain_at_the_same_seed(kept, tmp_path, capsys):
+    folder, planned = kept
+    evidence.outliers("large", folder, planned, tmp_path)
+    rows = {row[1]: row[7] for row in table(capsys.readouterr().out, "Outliers")[:5]}  # of the residual stream
+    assert rows["plain"] == ""
+
+    def highest(kind, seed):
+        return max(logs.read_json(folder, f"large/{kind}-{seed}")["outliers"]["residual"]["largest"])
+
+    assert rows["plain, 12 heads of 64"] == f"{highest('vanilla-heads', 3) - highest('vanilla', 3):+.1f}"
+    assert rows["V2, plain's learning rate"] == f"{highest('v2-low-rate', 4) - highest('vanilla', 4):+.1f}"
+    assert rows["V1"] == with_interval([highest("v1", seed) - highest("vanilla", seed) for seed in range(1, 6)], 1, "+")
+    evidence.outliers("large", folder, {n: p for n, p in planned.items() if p.settings.attn == "v2"}, tmp_path)
+    assert table(capsys.readouterr().out, "Outliers")[0][7] == ""  # without plain
 
 
 def test_stability(kept, tmp_path, capsys):
-    for group, title in (("sweep", "Stability of the same runs"), ("stable", "Stability at 2e-3")):
+    for group in ("sweep", "stable"):
         for draw in evidence.FIGURES[group]:
             draw(*kept, tmp_path)
-        rows = table(capsys.readouterr().out, title)
-        assert len(rows) == 9 and {row[1] for row in rows} == {"plain", "V1", "V2"}
-        assert {row[0] for row in rows} == ({"2e-3"} if group == "stable" else {"6e-4", "1.2e-3", "2.4e-3"})
+    text = capsys.readouterr().out
+    rows = table(text, "Gradient norm in the runs `sweep`")
+    assert len(rows) == 9 and rows[1] == ["plain, 1.2e-3", "0", "0.0"]  # these logs have 30 rows
+    rows = {row[0]: row[1:] for row in table(text, "500 steps of 65,536 tokens at a peak learning rate of 2e-3")}
+    assert rows["plain"] == ["3", "5.000 ± 1.000", "", "0, 0, 0", "0.0, 0.0, 0.0"]  # 3 + seed
+    assert rows["V1"][2] == "+0.020 ± 0.000" and rows["V2"][2] == "-0.020 ± 0.025"
+
+
+def test_runs_that_diverged(kept, tmp_path, capsys):
+    names = ("sweep/v1-0.0012", "design/v2-1", "design/norm-1")
+    for name, last in zip(names, ("", 4, "")):
+        write_log(tmp_path, name, [5, last], 1, [0, 0], 0)
+    for group in ("sweep", "design"):
+        few = {name: kept[1][name] for name in names if name.startswith(f"{group}/")}
+        for draw in evidence.FIGURES[group]:
+            draw(tmp_path, few, tmp_path)
+    text = capsys.readouterr().out
+    assert table(text, "Learning rates")[0] == ["1.2e-3", "", "diverged", ""]
+    assert [row[2:4] for row in table(text, "V2 taken apart")] == [["4.000", ""], ["diverged", ""]]
 
 
 def test_maps_of_the_head_that_finds_the_answer(kept, tmp_path, monkeypatch):
