@@ -34,6 +34,7 @@ from bench.runs import KINDS
 
 STEPS = (250, 500, 1000, 1500)  # after which the tables compare losses
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for 1, 2, ... degrees of freedom
+SHOWN = PARTS[:-1]  # of the last token's attention: all but the rest
 ACTIVATIONS = {"residual": "residual stream", "attention": "attention's output", "heads": "what o_proj reads"}
 
 # ---------------------------------------------------------------------------------------------------
@@ -99,7 +100,6 @@ def large(logs, runs, folder):
             continue
         ends = [log["val_loss"][-1] for log in seeds]
         losses.append({"attn": name, "seeds": len(seeds), "held-out loss, nats": mean_std(ends)})
-        losses[-1]["perplexity"] = mean_std(np.exp(ends), 2)
         norms.append(norm_row(name, seeds))
         compared = [] if kind == "vanilla" else pairs(logs, runs, "large", kind, "vanilla")
         if compared:
@@ -292,14 +292,14 @@ def outliers(group, logs, runs, folder):
             axis.plot(layers, by_layer.mean(0), "o-", color=COLORS[attn], label=NAMES[attn], markersize=3)
             axis.fill_between(layers, by_layer.min(0), by_layer.max(0), color=COLORS[attn], alpha=0.2, linewidth=0)
             axis.set(yscale="log", xticks=layers[::2])
-            for layer, values in (("median", np.median(by_layer, axis=1)), ("highest", by_layer.max(1))):
-                row[f"{measure}, {layer} layer"] = over_seeds(values, 1)
+        row["kurtosis, median layer"] = over_seeds(np.median(by_layer, axis=1), 1)
         axes[0, column].set(title=title)
         axes[1, column].set(xlabel="layer")
         by_seed = [found.get("vanilla", {}), probes]
         plain, ours = ({s: max(probe["outliers"][what]["largest"]) for s, probe in x.items()} for x in by_seed)
         differences = [value - plain[seed] for seed, value in ours.items() if seed in plain]
-        row["largest, highest layer, minus plain's"] = over_seeds(differences, 1, "+") if attn != "vanilla" else ""
+        row["largest, highest layer"] = over_seeds([*ours.values()], 1)
+        row["minus plain's"] = over_seeds(differences, 1, "+") if attn != "vanilla" else ""
         rows.append(row)
     for axis in axes[1]:
         axis.axhline(3, color="lightgray", zorder=0, label="normal distribution")
@@ -370,8 +370,8 @@ def draw_retrieval(found, logs, folder):
             right = accuracies(seeds, str(seeds[0]["needles"]))[0]  # (seeds, depths)
             places = (np.arange(right.shape[1]) + 0.5) / right.shape[1] * 100
             depth_axis.errorbar(places + beside, right.mean(0), seed_range(right), **bars)
-            shares = np.array([[np.mean(seed["needle"]["weights"][part]) for part in PARTS[:-1]] for seed in seeds])
-            places = np.arange(len(PARTS) - 1) + 0.22 * beside
+            shares = np.array([[np.mean(seed["needle"]["weights"][part]) for part in SHOWN] for seed in seeds])
+            places = np.arange(len(SHOWN)) + 0.22 * beside
             share_axis.bar(places, shares.mean(0), 0.2, yerr=seed_range(shares), color=color, capsize=2)
     numbers = f"tokens, {seeds[0]['needles']} numbers in a text"
     learning_axis.set(xlabel="step", title=f"{min(lengths)} {numbers}, while it is learned")
@@ -381,7 +381,7 @@ def draw_retrieval(found, logs, folder):
     for axis in (learning_axis, count_axis, depth_axis):
         axis.set(ylabel="share of texts answered right")
     share_axis.set(ylabel="share of |A1 - lambda A2|", title=f"{max(lengths)} tokens: where the last token looks")
-    share_axis.set_xticks(range(len(PARTS) - 1), ["answer", "other numbers", "first token"])
+    share_axis.set_xticks(range(len(SHOWN)), ["answer", "other numbers", "first token"])
     learning_axis.legend(title="colors in all four", title_fontsize=8, fontsize=8)
     figure.supxlabel("bands and bars: lowest to highest seed; below right: mean over layers and heads", fontsize=9)
     save(figure, folder / "retrieval.png")
@@ -418,10 +418,10 @@ def accuracy_rows(found, logs):
         for seed in by_seed:
             log = read_log(logs, f"retrieval/{kind}-{seed}-{length}")
             steps = log["step"][log["val_accuracy"] > 0.9]
-            learned.append(f"step {steps[0]:.0f}" if len(steps) else "never")
+            learned.append(f"{steps[0]:.0f}" if len(steps) else "never")
         row = {"attn": NAMES[kind], "tokens": length, "seeds": len(seeds)}
         row |= {n: over_seeds(accuracies(seeds, n)[1]) for n in seeds[0]["accuracy"]}
-        rows.append(row | {"first above 0.9": ", ".join(learned)})
+        rows.append(row | {"first above 0.9 at step": ", ".join(learned)})
         plain = found.get(("vanilla", length), {})
         both = [(by_seed[seed], plain[seed]) for seed in by_seed if seed in plain]
         if both and kind != "vanilla":
@@ -429,7 +429,7 @@ def accuracy_rows(found, logs):
             for n in seeds[0]["accuracy"]:
                 ours, theirs = (accuracies(measured, n)[1] for measured in zip(*both))
                 row[n] = over_seeds(ours - theirs, 3, "+")
-            rows.append(row | {"first above 0.9": ""})
+            rows.append(row | {"first above 0.9 at step": ""})
     return rows
 
 
@@ -441,7 +441,7 @@ def share_rows(found):
         for weights in needles[0] if length == longest else ():
             parts = [needle[weights] for needle in needles]
             row = {"attn": NAMES[kind], "seeds": len(parts), "weights": weights_name(weights, needles[0])}
-            row |= {part.replace("_", " "): over_seeds([np.mean(s[part]) for s in parts], 4) for part in PARTS}
+            row |= {part.replace("_", " "): over_seeds([np.mean(s[part]) for s in parts], 4) for part in SHOWN}
             rows.append(row | {"answer, best head": over_seeds([s["best_head"]["answer"] for s in parts])})
     return rows
 

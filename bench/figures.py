@@ -1,4 +1,4 @@
-"""The pictures and tables of docs/results.md, from the logs and measurements that bench.runs has kept. No GPU needed.
+"""The pictures and tables of docs/results.md and docs/finetuning.md, from what bench.runs has kept. No GPU needed.
 
 python -m bench.figures                      # of all groups of runs
 python -m bench.figures --only curves large  # of two
@@ -176,10 +176,9 @@ def smollm2(logs, runs, folder):
 
 def continued_row(log, tokens):
     """The held-out losses of a run, and its speed, where a step has so many tokens."""
-    losses = {"start": log["val_loss"][0], "end": log["val_loss"][-1], "lowest": np.nanmin(log["val_loss"])}
-    speed = np.nanmedian(log["tokens_per_s"])
+    losses = {"start": log["val_loss"][0], "end": log["val_loss"][-1]}
     row = {f"held-out loss, {name}": f"{value:.4f}" for name, value in losses.items()}
-    return row | {"ms a step": f"{1000 * tokens / speed:.1f}", "thousand tokens/s": f"{speed / 1000:.1f}"}
+    return row | {"ms a step": f"{1000 * tokens / np.nanmedian(log['tokens_per_s']):.1f}"}
 
 
 def gap_rows(plain, v2, noisy):
