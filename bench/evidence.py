@@ -1,7 +1,7 @@
 """What the runs on data/large show: loss, learning rates, V2's design, the inside of the models, retrieval.
 
-bench.figures prints these tables and draws these pictures. An interval over seeds is Student's, of differences between
-runs with the same seed, which have the same batches, where runs are compared.
+bench.figures prints these tables and draws these pictures. Intervals over seeds are Student's t. Comparisons are paired
+by seed: such runs have the same batches.
 """
 
 import functools
@@ -18,8 +18,8 @@ from bench.logs import (
     gaps,
     held_out_at,
     legend_above,
-    mean_std,
     norm_row,
+    over_seeds,
     plt,
     print_table,
     rate_text,
@@ -28,47 +28,26 @@ from bench.logs import (
     read_probes,
     read_seeds,
     save,
+    seed_names,
+    t_interval,
 )
 from bench.retrieval import PARTS
 from bench.runs import KINDS
 
 STEPS = (250, 500, 1000, 1500)  # after which the tables compare losses
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for 1, 2, ... degrees of freedom
-SHOWN = PARTS[:-1]  # of the last token's attention: all but the rest
+SHOWN = PARTS[:-1]  # without the rest
 ACTIVATIONS = {"residual": "residual stream", "attention": "attention's output", "heads": "what o_proj reads"}
-
-# ---------------------------------------------------------------------------------------------------
-# Intervals
-
-
-def t_interval(values):
-    """values (n, ...), n up to 10 -> their mean and half the width of its 95 % interval, NaN for a single one."""
-    n = len(values)
-    if n == 1:
-        return values[0], np.full_like(values[0], np.nan)
-    return np.mean(values, axis=0), T_975[n - 2] * np.std(values, axis=0, ddof=1) / np.sqrt(n)
-
-
-def with_interval(values, digits=3, sign=""):
-    """The mean of a few numbers and its interval, as text. Empty if one is missing."""
-    mean, half = t_interval(np.array(values, dtype=float))
-    if not np.isfinite(mean):
-        return ""
-    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
-
-
-def over_seeds(values, digits=3, sign=""):
-    """The mean and its interval of three seeds and more, the values of fewer: the interval of two is too wide."""
-    if len(values) > 2:
-        return with_interval(values, digits, sign)
-    return ", ".join(f"{value:{sign}.{digits}f}" for value in values)
 
 
 def pairs(logs, runs, group, kind, other):
     """Read the logs of two kinds of runs -> [(log, the other's log)] for each seed that both have."""
-    seeds = [name.removeprefix(f"{group}/{kind}-") for name in runs if name.startswith(f"{group}/{kind}-")]
-    names = [(f"{group}/{kind}-{seed}", f"{group}/{other}-{seed}") for seed in seeds]
+    names = [(name, name.replace(f"/{kind}-", f"/{other}-")) for name in seed_names(runs, f"{group}/{kind}-")]
     return [(read_log(logs, name), read_log(logs, another)) for name, another in names if another in runs]
+
+
+def group_settings(runs, group):
+    """The settings of a group's first run. Steps, validations and warmup are those of the whole group."""
+    return next(plan.settings for name, plan in runs.items() if name.startswith(f"{group}/"))
 
 
 def print_cost(logs, runs, group):
@@ -94,12 +73,13 @@ def print_cost(logs, runs, group):
 
 def large(logs, runs, folder):
     losses, norms, differences, drawn = [], [], [], {}
+    last = group_settings(runs, "large").max_steps
     for kind, name in NAMES.items():
         seeds = read_seeds(logs, runs, f"large/{kind}-")
         if not seeds:
             continue
-        ends = [log["val_loss"][-1] for log in seeds]
-        losses.append({"attn": name, "seeds": len(seeds), "held-out loss, nats": mean_std(ends)})
+        ends = [held_out_at(log, last) for log in seeds]
+        losses.append({"attn": name, "seeds": len(seeds), "held-out loss, nats": over_seeds(ends) or "diverged"})
         norms.append(norm_row(name, seeds))
         compared = [] if kind == "vanilla" else pairs(logs, runs, "large", kind, "vanilla")
         if compared:
@@ -107,11 +87,11 @@ def large(logs, runs, folder):
             for what, by_seed in compare(compared, STEPS).items():
                 row = {"attn": name, "seeds": len(compared), "at equal": what}
                 at_steps = zip(STEPS, by_seed.T)
-                differences.append(row | {f"step {step}": with_interval(values, 3, "+") for step, values in at_steps})
+                differences.append(row | {f"step {step}": over_seeds(values, 3, "+") for step, values in at_steps})
     if drawn:
         draw_gaps(drawn, runs, folder)
     print_table("Held-out loss at the end", losses)
-    print_table("Held-out loss minus plain's, nats, with a 95 % interval", differences)
+    print_table("Held-out loss minus plain's, nats", differences)
     print_table("Gradient norm in the runs `large`, seed by seed", norms)
     print_cost(logs, runs, "large")
 
@@ -120,42 +100,44 @@ def draw_gaps(drawn, runs, folder):
     """Draw the gaps of {kind: [(log, plain's log)]} at equal steps, their end enlarged, and at equal time."""
     figure, (all_axis, end_axis, time_axis) = plt.subplots(1, 3, figsize=(13, 4.3))
     time_axis.sharey(all_axis)
-    _, plain = next(iter(drawn.values()))[0]
-    steps = plain["step"][~np.isnan(plain["val_loss"])]
-    warmup = next(iter(runs.values())).settings.warmup_steps  # that of all runs
-    steps = steps[steps >= warmup]  # before, the loss falls too steeply to interpolate
+    settings = group_settings(runs, "large")
+    steps = np.arange(0, settings.max_steps + 1, settings.eval_interval)
+    steps = steps[steps >= settings.warmup_steps]  # before, the loss falls too steeply to interpolate
     last_third = steps[steps >= steps[-1] * 2 / 3]
     panels = (all_axis, "steps", steps), (end_axis, "steps", last_third), (time_axis, "time", steps)
     for (kind, compared), (axis, equal, at) in itertools.product(drawn.items(), panels):
         mean, half = t_interval(compare(compared, at)[equal])
-        label = f"{NAMES[kind]}, n = {len(compared)}"
-        axis.plot(at, mean, "o-", color=COLORS[kind], label=label, markersize=2, linewidth=1)
-        if len(compared) > 2:  # with two, the interval is 12.7 standard errors
-            axis.fill_between(at, mean - half, mean + half, color=COLORS[kind], alpha=0.2, linewidth=0)
+        label, color = f"{NAMES[kind]}, n = {len(compared)}", COLORS[kind]
+        axis.plot(at, mean, "o-", color=color, label=label, markersize=2, linewidth=1)
+        if len(compared) > 2:
+            band = dict(facecolor=(color, 0.15), edgecolor=(color, 0.8), linewidth=0.8)
+            axis.fill_between(at, mean - half, mean + half, **band)
     titles = ("at equal steps", "at equal steps, the last third", "after the time that plain takes")
     for (axis, _, _), title in zip(panels, titles):
         axis.axhline(0, color=COLORS["vanilla"], linewidth=1, label="plain")
         axis.set(xlabel="step of plain", title=title)
-    all_axis.set(ylabel="held-out loss minus plain's, nats")
-    banded = any(len(compared) > 2 for compared in drawn.values())
-    all_axis.legend(fontsize=8, title="band: 95 % interval" if banded else None, title_fontsize=8)
+    for axis in (all_axis, end_axis):
+        axis.set(ylabel="held-out loss minus plain's, nats")
+    all_axis.legend(fontsize=8, title="bands: 95 % intervals, from n = 3 on", title_fontsize=8)
     save(figure, folder / "large.png")
 
 
 def shared_keys(logs, runs, folder):
-    """V2 whose upper six layers share keys and values (n_kv_layers), against V2, in the mean of the seeds of both."""
-    compared = pairs(logs, runs, "large", "v2-shared", "v2")
-    if not compared:
-        return
-    rows = []
-    for name, seeds in zip(("6 layers with keys", "12 layers with keys"), zip(*compared)):
-        losses = np.mean([held_out_at(log, STEPS) for log in seeds], axis=0)
-        rows.append({"V2": name} | {f"step {step}": f"{loss:.3f}" for step, loss in zip(STEPS, losses)})
-    for what, by_seed in compare(compared, STEPS).items():
-        row = {"V2": f"6 minus 12, at equal {what}"}
-        rows.append(row | {f"step {step}": with_interval(values, 3, "+") for step, values in zip(STEPS, by_seed.T)})
-    title = "V2 with shared keys and values: held-out loss, nats, and the difference with a 95 % interval"
-    print_table(f"{title}, {len(compared)} seeds", rows)
+    """V2 whose upper six layers share keys and values (n_kv_layers), against V2 and plain."""
+    rows = {}
+    for other, name in (("v2", "12 layers with keys"), ("vanilla", "plain")):
+        compared = pairs(logs, runs, "large", "v2-shared", other)
+        if not compared:
+            continue
+        for label, seeds in zip(("6 layers with keys", name), zip(*compared)):
+            losses = np.mean([held_out_at(log, STEPS) for log in seeds], axis=0)
+            rows[label] = {"V2": label} | {f"step {step}": f"{loss:.3f}" for step, loss in zip(STEPS, losses)}
+        for what, by_seed in compare(compared, STEPS).items():
+            label = f"6 minus {name.removesuffix(' layers with keys')}, at equal {what}"
+            at_steps = zip(STEPS, by_seed.T)
+            rows[label] = {"V2": label} | {f"step {step}": over_seeds(values, 3, "+") for step, values in at_steps}
+    title = "V2 with shared keys and values: mean held-out loss, nats, and differences seed by seed"
+    print_table(title, [*rows.values()])
 
 
 def compare(compared, steps):
@@ -170,27 +152,27 @@ def sweep(logs, runs, folder):
         if name.startswith("sweep/"):
             log, rate, attn = read_log(logs, name), rate_text(plan.settings.learning_rate), NAMES[plan.settings.attn]
             row = losses.setdefault(rate, {"peak learning rate": rate} | {NAMES[kind]: "" for kind in KINDS})
-            row[attn] = mean_std([log["val_loss"][-1]])
+            row[attn] = over_seeds(held_out_at(log, [plan.settings.max_steps])) or "diverged"
             norms.append(norm_row(f"{attn}, {rate}", [log]))
     print_table("Learning rates: held-out loss after 500 steps of 65,536 tokens", [*losses.values()])
     print_table("Gradient norm in the runs `sweep`", norms)
     print_cost(logs, runs, "sweep")
 
 
-def ends(group, base, title, logs, runs, folder):
+def compare_ends(group, base, title, logs, runs, folder):
     """Compare the kinds of runs of a group with `base`, seed by seed: held-out loss at the end, and spikes."""
-    rows = []
+    rows, last = [], group_settings(runs, group).max_steps
     for kind in dict.fromkeys(plan.settings.attn for name, plan in runs.items() if name.startswith(f"{group}/")):
         compared = pairs(logs, runs, group, kind, base)
         if not compared:
             continue
-        losses = [log["val_loss"][-1] for log, _ in compared]
-        differences = [log["val_loss"][-1] - other["val_loss"][-1] for log, other in compared]
-        row = {"attn": NAMES.get(kind, kind), "seeds": len(compared), "held-out loss, nats": mean_std(losses)}
-        row[f"minus {NAMES[base]}'s"] = with_interval(differences, 3, "+") if kind != base else ""
+        losses = over_seeds([held_out_at(log, last) for log, _ in compared]) or "diverged"
+        row = {"attn": NAMES.get(kind, kind), "seeds": len(compared), "held-out loss, nats": losses}
+        differences = compare(compared, [last])["steps"][:, 0]
+        row[f"minus {NAMES[base]}'s"] = over_seeds(differences, 3, "+") if kind != base else ""
         norms = norm_row(kind, [log for log, _ in compared])
         rows.append(row | {name: text for name, text in norms.items() if name != "run"})
-    print_table(f"{title}: at the end, with a 95 % interval of the difference", rows)
+    print_table(f"{title}: at the end", rows)
     print_cost(logs, runs, group)
 
 
@@ -219,7 +201,8 @@ def inside(logs, runs, folder):
     figure, (sink_axis, norm_axis, output_axis) = plt.subplots(1, 3, figsize=(13, 4))
     for attn, probes in found.items():
         line = dict(color=COLORS[attn], marker="o", markersize=3)
-        sink_axis.plot(np.mean([probe["sink"]["weights"] for probe in probes], axis=0), **line, label=NAMES[attn])
+        label = f"{NAMES[attn]}, n = {len(probes)}"
+        sink_axis.plot(np.mean([probe["sink"]["weights"] for probe in probes], axis=0), **line, label=label)
         for axis, kind in ((norm_axis, "weights"), (output_axis, "output")):
             measured = [probe["context_rms"][kind] for probe in probes]
             axis.plot(np.mean([norms["mean"] for norms in measured], axis=0), **line)
@@ -243,9 +226,11 @@ def inside(logs, runs, folder):
     print_table("Norm of a query's weights (the RMS it reads from uncorrelated values of RMS 1)", norm_rows(found))
 
 
-def weights_name(weights, kinds):
-    """The name of one of several kinds of weights: those that multiply the values are a difference of two maps."""
-    return "difference" if weights == "weights" and "first" in kinds else weights
+def map_name(weights, kinds):
+    """How tables call a kind of weights: "weights" multiply the values, in V1 and V2 A1 - lambda A2."""
+    if weights != "weights":
+        return weights
+    return "difference" if "first" in kinds else "only one"
 
 
 def sink_rows(found):
@@ -254,8 +239,8 @@ def sink_rows(found):
         for kind in probes[0]["sink"]:
             layers = np.array([probe["sink"][kind] for probe in probes])  # (seeds, layers)
             by_layer = layers.mean(0)
-            row = {"attn": NAMES[attn], "seeds": len(probes), "weights": weights_name(kind, probes[0]["sink"])}
-            row |= {"mean": mean_std(layers.mean(1), 5), "highest": f"{by_layer.max():.4f}"}
+            row = {"attn": NAMES[attn], "seeds": len(probes), "map": map_name(kind, probes[0]["sink"])}
+            row |= {"mean": over_seeds(layers.mean(1), 5), "highest": f"{by_layer.max():.4f}"}
             rows.append(row | {"in layer": by_layer.argmax()})
     return rows
 
@@ -267,7 +252,7 @@ def norm_rows(found):
         row = {"attn": NAMES[attn], "seeds": len(probes)}
         for kind, text in (("first", "first map"), ("weights", "weights"), ("output", "output RMS / values'")):
             measured = [norm[kind] for norm in norms if kind in norm]  # plain's map is its weights
-            row[f"{text}: mean"] = mean_std([np.mean(norm["mean"]) for norm in measured]) if measured else ""
+            row[f"{text}: mean"] = over_seeds([np.mean(norm["mean"]) for norm in measured]) if measured else ""
             row[f"{text}: lowest"] = f"{min(min(norm['minimum']) for norm in measured):.4f}" if measured else ""
         bound = norms[0]["bound"]  # the least of a softmax
         below = [sum(lowest < bound for lowest in norm["weights"]["minimum"]) for norm in norms]
@@ -286,19 +271,22 @@ def outliers(group, logs, runs, folder):
     figure, axes = plt.subplots(2, len(ACTIVATIONS), figsize=(11, 5.5), sharex=True)
     for (column, (what, title)), (attn, probes) in itertools.product(enumerate(ACTIVATIONS.items()), found.items()):
         row = {"activations": title, "attn": NAMES[attn], "seeds": len(probes)}
+        kurtosis = np.array([probe["outliers"][what]["kurtosis"] for probe in probes.values()])  # (seeds, layers)
+        row["kurtosis, median layer"] = over_seeds(np.median(kurtosis, axis=1), 1)
         for axis, measure in zip(axes[:, column], ("largest", "kurtosis")):
             by_layer = np.array([probe["outliers"][what][measure] for probe in probes.values()])  # (seeds, layers)
             layers = np.arange(by_layer.shape[1])
-            axis.plot(layers, by_layer.mean(0), "o-", color=COLORS[attn], label=NAMES[attn], markersize=3)
+            label = f"{NAMES[attn]}, n = {len(probes)}"
+            axis.plot(layers, by_layer.mean(0), "o-", color=COLORS[attn], label=label, markersize=3)
             axis.fill_between(layers, by_layer.min(0), by_layer.max(0), color=COLORS[attn], alpha=0.2, linewidth=0)
             axis.set(yscale="log", xticks=layers[::2])
-        row["kurtosis, median layer"] = over_seeds(np.median(by_layer, axis=1), 1)
+            axis.yaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
         axes[0, column].set(title=title)
         axes[1, column].set(xlabel="layer")
-        by_seed = [found.get("vanilla", {}), probes]
-        plain, ours = ({s: max(probe["outliers"][what]["largest"]) for s, probe in x.items()} for x in by_seed)
-        differences = [value - plain[seed] for seed, value in ours.items() if seed in plain]
-        row["largest, highest layer"] = over_seeds([*ours.values()], 1)
+        largest = largest_values(probes, what)
+        plain = largest_values(found.get("vanilla", {}), what)
+        differences = [value - plain[seed] for seed, value in largest.items() if seed in plain]
+        row["largest value of all layers"] = over_seeds([*largest.values()], 1)
         row["minus plain's"] = over_seeds(differences, 1, "+") if attn != "vanilla" else ""
         rows.append(row)
     for axis in axes[1]:
@@ -307,7 +295,12 @@ def outliers(group, logs, runs, folder):
     axes[1, 0].set(ylabel="kurtosis")
     axes[1, 2].legend(fontsize=8, title="band: lowest to highest seed", title_fontsize=8)
     save(figure, folder / f"outliers-{group}.png")
-    print_table(f"Outliers by layer in the runs `{group}`, with a 95 % interval of three seeds and more", rows)
+    print_table(f"Outliers in the runs `{group}`", rows)
+
+
+def largest_values(probes, what):
+    """The largest absolute value of all layers -> {seed: value}."""
+    return {seed: max(probe["outliers"][what]["largest"]) for seed, probe in probes.items()}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -325,7 +318,9 @@ def read_retrieval(logs, runs):
 
 
 def seed_range(values):
-    """values (seeds, ...) -> how far the lowest and the highest are from the mean, for errorbar()."""
+    """values (seeds, ...) -> how far the lowest and the highest are from the mean, for errorbar(); one seed: None."""
+    if len(values) == 1:
+        return None
     return np.maximum(0, [values.mean(0) - values.min(0), values.max(0) - values.mean(0)])  # 0, despite rounding
 
 
@@ -339,8 +334,7 @@ def accuracies(seeds, needles):
 def retrieval(logs, runs, folder):
     found = read_retrieval(logs, runs)
     draw_retrieval(found, logs, folder)
-    title = "Retrieval: share of texts answered right, by numbers in a text; differences with a 95 % interval"
-    print_table(title, accuracy_rows(found, logs))
+    print_table("Retrieval: share of texts answered right, by numbers in a text", accuracy_rows(found, logs))
     print_table("Shares of the last token's attention in the longest texts", share_rows(found))
     print_cost(logs, runs, "retrieval")
 
@@ -348,42 +342,46 @@ def retrieval(logs, runs, folder):
 def draw_retrieval(found, logs, folder):
     """Draw how the shorter texts are learned, and the test: by numbers in a text, by the answer's place, and shares."""
     lengths, kinds = [length for _, length in found], [*dict.fromkeys(kind for kind, _ in found)]
+    short, long = min(lengths), max(lengths)
+    beside = {kind: i - (len(kinds) - 1) / 2 for i, kind in enumerate(kinds)}  # so that no kind hides another
     figure, ((learning_axis, count_axis), (depth_axis, share_axis)) = plt.subplots(2, 2, figsize=(11, 8))
     for (kind, length), by_seed in found.items():
         seeds, color = [*by_seed.values()], COLORS[kind]
-        beside = kinds.index(kind) - (len(kinds) - 1) / 2  # so that no kind hides another
         bars = dict(color=color, marker="o", markersize=3, capsize=2, linewidth=1)
+        if length == short:
+            validations = [read_log(logs, f"retrieval/{kind}-{seed}-{length}") for seed in by_seed]
+            measured = [~np.isnan(log["val_accuracy"]) for log in validations]
+            steps = min((log["step"][where] for log, where in zip(validations, measured)), key=len)
+            right = [log["val_accuracy"][where][: len(steps)] for log, where in zip(validations, measured)]
+            label = f"{NAMES[kind]}, n = {len(seeds)}"
+            learning_axis.plot(steps, np.mean(right, axis=0), "o-", color=color, label=label, markersize=3)
+            lowest, highest = np.min(right, axis=0), np.max(right, axis=0)
+            learning_axis.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
         counts = list(seeds[0]["accuracy"])
         right = np.array([accuracies(seeds, count)[1] for count in counts]).T  # (seeds, counts)
-        style = dict(linestyle="-" if length == max(lengths) else ":")
-        places = [int(count) + 0.1 * beside for count in counts]
+        places = [int(count) + 0.1 * beside[kind] for count in counts]
+        style = dict(linestyle="-" if length == long else ":")
         count_axis.errorbar(places, right.mean(0), seed_range(right), **bars, **style)
-        if length == min(lengths):
-            validations = [read_log(logs, f"retrieval/{kind}-{seed}-{length}") for seed in by_seed]
-            measured = ~np.isnan(validations[0]["val_accuracy"])
-            right = np.array([log["val_accuracy"][measured] for log in validations])
-            steps = validations[0]["step"][measured]
-            label = f"{NAMES[kind]}, n = {len(seeds)}"
-            learning_axis.plot(steps, right.mean(0), "o-", color=color, label=label, markersize=3)
-            learning_axis.fill_between(steps, right.min(0), right.max(0), color=color, alpha=0.2, linewidth=0)
-        if length == max(lengths):
+        if length == long:
             right = accuracies(seeds, str(seeds[0]["needles"]))[0]  # (seeds, depths)
-            places = (np.arange(right.shape[1]) + 0.5) / right.shape[1] * 100
-            depth_axis.errorbar(places + beside, right.mean(0), seed_range(right), **bars)
+            places = (np.arange(right.shape[1]) + 0.5) / right.shape[1] * 100 + beside[kind]
+            depth_axis.errorbar(places, right.mean(0), seed_range(right), **bars)
             shares = np.array([[np.mean(seed["needle"]["weights"][part]) for part in SHOWN] for seed in seeds])
-            places = np.arange(len(SHOWN)) + 0.22 * beside
+            places = np.arange(len(SHOWN)) + 0.22 * beside[kind]
             share_axis.bar(places, shares.mean(0), 0.2, yerr=seed_range(shares), color=color, capsize=2)
-    numbers = f"tokens, {seeds[0]['needles']} numbers in a text"
-    learning_axis.set(xlabel="step", title=f"{min(lengths)} {numbers}, while it is learned")
-    title = "by the numbers in a text" + (f"; dotted: {min(lengths)} tokens" if min(lengths) < max(lengths) else "")
-    count_axis.set(xlabel="numbers in a text", title=title)
-    depth_axis.set(xlabel="place of the answer, % from the beginning", title=f"{max(lengths)} {numbers}, by place")
+    needles = {length: next(iter(by_seed.values()))["needles"] for (_, length), by_seed in found.items()}
+    learning_axis.set(xlabel="step", title=f"{short} tokens, {needles[short]} numbers in a text, while it is learned")
+    text = f"solid: {long} tokens" + (f", dotted: {short}" if short < long else "")
+    count_axis.set(xlabel="numbers in a text", title=f"by the numbers in a text ({text})")
+    title = f"{long} tokens, {needles[long]} numbers in a text, by place"
+    depth_axis.set(xlabel="place of the answer, % from the beginning", title=title)
     for axis in (learning_axis, count_axis, depth_axis):
         axis.set(ylabel="share of texts answered right")
-    share_axis.set(ylabel="share of |A1 - lambda A2|", title=f"{max(lengths)} tokens: where the last token looks")
+    share_axis.set(ylabel="share of attention", title=f"{long} tokens: where the last token looks")
     share_axis.set_xticks(range(len(SHOWN)), ["answer", "other numbers", "first token"])
     learning_axis.legend(title="colors in all four", title_fontsize=8, fontsize=8)
-    figure.supxlabel("bands and bars: lowest to highest seed; below right: mean over layers and heads", fontsize=9)
+    text = "bands and bars: lowest to highest seed; below right: mean of layers and heads; V1 and V2: |A1 - lambda A2|"
+    figure.supxlabel(text, fontsize=9)
     save(figure, folder / "retrieval.png")
 
 
@@ -393,11 +391,13 @@ def recall_maps(logs, runs, folder):
     shortest = min(length for _, length in found)
     first = {kind: next(iter(seeds.values())) for (kind, length), seeds in found.items() if length == shortest}
     heads = {kind: first[kind]["recall"] for kind in KINDS if kind in first}
+    if not heads:
+        return
     figure, axes = plt.subplots(len(heads), 3, figsize=(13, 3.9 * len(heads)), squeeze=False)
     for row, (kind, head) in zip(axes, heads.items()):
         place = f"{NAMES[kind]}, layer {head['layer']}, head {head['head']}"
         titles = {"first": "A1" if "second" in head else "its only map", "second": "A2"}
-        titles["difference"] = f"A1 - {head.get('factor', 0):.2f} A2 (lambda of the last query)"
+        titles["difference"] = f"A1 - lambda A2 ({head.get('factor', 0):.2f} at the last query)"
         for axis, (map_, title) in zip(row, titles.items()):
             if map_ not in head:
                 axis.set_axis_off()
@@ -411,25 +411,27 @@ def recall_maps(logs, runs, folder):
 
 
 def accuracy_rows(found, logs):
-    """The share of right answers, and when validation, with as many numbers as training, first exceeds 0.9."""
-    rows = []
+    """The share of right answers, and from which step on validation, with as many numbers as training, is above 0.9."""
+    rows, last = [], "above 0.9 from step"
     for (kind, length), by_seed in found.items():
         seeds, learned = [*by_seed.values()], []
         for seed in by_seed:
             log = read_log(logs, f"retrieval/{kind}-{seed}-{length}")
-            steps = log["step"][log["val_accuracy"] > 0.9]
-            learned.append(f"{steps[0]:.0f}" if len(steps) else "never")
+            steps, right = (log[column][~np.isnan(log["val_accuracy"])] for column in ("step", "val_accuracy"))
+            after = steps[np.append(-1, np.flatnonzero(right <= 0.9))[-1] + 1 :]
+            learned.append(f"{after[0]:.0f}" if len(after) else "never")
+        counts = {count: f"{count} number{'s' * (count != '1')}" for count in seeds[0]["accuracy"]}
         row = {"attn": NAMES[kind], "tokens": length, "seeds": len(seeds)}
-        row |= {n: over_seeds(accuracies(seeds, n)[1]) for n in seeds[0]["accuracy"]}
-        rows.append(row | {"first above 0.9 at step": ", ".join(learned)})
+        row |= {text: over_seeds(accuracies(seeds, count)[1]) for count, text in counts.items()}
+        rows.append(row | {last: ", ".join(learned)})
         plain = found.get(("vanilla", length), {})
         both = [(by_seed[seed], plain[seed]) for seed in by_seed if seed in plain]
         if both and kind != "vanilla":
             row = {"attn": f"{NAMES[kind]} minus plain", "tokens": length, "seeds": len(both)}
-            for n in seeds[0]["accuracy"]:
-                ours, theirs = (accuracies(measured, n)[1] for measured in zip(*both))
-                row[n] = over_seeds(ours - theirs, 3, "+")
-            rows.append(row | {"first above 0.9 at step": ""})
+            for count, text in counts.items():
+                ours, theirs = (accuracies(measured, count)[1] for measured in zip(*both))
+                row[text] = over_seeds(ours - theirs, 3, "+")
+            rows.append(row | {last: ""})
     return rows
 
 
@@ -440,7 +442,7 @@ def share_rows(found):
         needles = [measured["needle"] for measured in seeds.values()]
         for weights in needles[0] if length == longest else ():
             parts = [needle[weights] for needle in needles]
-            row = {"attn": NAMES[kind], "seeds": len(parts), "weights": weights_name(weights, needles[0])}
+            row = {"attn": NAMES[kind], "seeds": len(parts), "map": map_name(weights, needles[0])}
             row |= {part.replace("_", " "): over_seeds([np.mean(s[part]) for s in parts], 4) for part in SHOWN}
             rows.append(row | {"answer, best head": over_seeds([s["best_head"]["answer"] for s in parts])})
     return rows
@@ -450,9 +452,9 @@ FIGURES = {  # by group of runs
     "sweep": (sweep,),
     "large": (large, shared_keys, lambdas, inside, functools.partial(outliers, "large")),
     "stable": (
-        functools.partial(ends, "stable", "vanilla", "500 steps of 65,536 tokens at a peak learning rate of 2e-3"),
+        functools.partial(compare_ends, "stable", "vanilla", "500 steps of 65,536 tokens at a peak rate of 2e-3"),
         functools.partial(outliers, "stable"),
     ),
-    "design": (functools.partial(ends, "design", "v2", "V2 taken apart"),),
+    "design": (functools.partial(compare_ends, "design", "v2", "V2 taken apart"),),
     "retrieval": (retrieval, recall_maps),
 }

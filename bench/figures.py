@@ -21,9 +21,9 @@ from bench.logs import (
     gaps,
     held_out_at,
     legend_above,
-    mean_std,
     middle,
     norm_row,
+    over_seeds,
     plt,
     print_table,
     read_json,
@@ -82,10 +82,10 @@ def early_rows(kinds):
         row = {"run": REPORT_ROWS[kind]}
         for steps in EARLY:
             early = {other: [np.nanmean(log["loss"][:steps]) for log in seeds] for other, seeds in kinds.items()}
-            row[f"training loss, steps 1 to {steps}"] = mean_std(early[kind])
+            row[f"training loss, steps 1 to {steps}"] = over_seeds(early[kind])
             for baseline, letter in (("vanilla-bare", "a"), ("vanilla", "d")):
                 changes = [100 * (loss / other - 1) for loss, other in zip(early[kind], early[baseline])]
-                text = f"{evidence.with_interval(changes, 1, '+')} %" if kind != baseline else ""
+                text = f"{over_seeds(changes, 1, '+')} %" if kind != baseline else ""
                 row[f"to {steps}, against ({letter})"] = text
         rows.append(row)
     return rows
@@ -127,9 +127,9 @@ def wikitext2(logs, runs, folder):
     rows = []
     for attn, lowest in losses.items():
         differences = [loss - plain for loss, plain in zip(lowest, losses["vanilla"])]
-        row = {"attn": NAMES[attn], "seeds": len(lowest), "held-out loss, nats": mean_std(lowest)}
-        row["perplexity"] = mean_std(np.exp(lowest), 2)
-        row["minus plain's, 95 %"] = evidence.with_interval(differences, 3, "+") if attn != "vanilla" else ""
+        row = {"attn": NAMES[attn], "seeds": len(lowest), "held-out loss, nats": over_seeds(lowest)}
+        row["perplexity"] = over_seeds(np.exp(lowest), 2)
+        row["minus plain's"] = over_seeds(differences, 3, "+") if attn != "vanilla" else ""
         rows.append(row)
     print_table("Held-out loss on WikiText-2, at its lowest", rows)
 

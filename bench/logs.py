@@ -23,6 +23,7 @@ NAMES = {
     "vanilla": "plain", "vanilla-heads": "plain, 12 heads of 64", "v1": "V1", "v1-wide": "V1, 3 pairs of 128",
     "v2": "V2", "v2-low-rate": "V2, plain's learning rate",
 }  # fmt: skip
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for 1, 2, ... degrees of freedom
 SPIKE, MEMORY = 10, 100  # a spike is a gradient norm above SPIKE times the median of the MEMORY steps before
 
 
@@ -44,10 +45,13 @@ def read_log(logs, name):
     return log
 
 
+def seed_names(runs, prefix):
+    """The names of all seeds of a run: the prefix and a number."""
+    return [name for name in runs if name.startswith(prefix) and name.removeprefix(prefix).isdecimal()]
+
+
 def read_seeds(logs, runs, prefix):
-    """Read the logs of all seeds of a run, whose names are the prefix and a number."""
-    names = [name for name in runs if name.startswith(prefix) and name.removeprefix(prefix).isdecimal()]
-    return [read_log(logs, name) for name in names]
+    return [read_log(logs, name) for name in seed_names(runs, prefix)]
 
 
 def read_json(logs, name):
@@ -110,7 +114,7 @@ def norm_row(name, seeds):
     norms = [gradient_norms(log) for log in seeds]
     count = ", ".join(str(len(spikes(values))) for values in norms)
     highest = ", ".join(f"{np.nanmax(values[200:], initial=0):.1f}" for values in norms)
-    return {"run": name, "spikes": count, "highest after step 200": highest}
+    return {"run": name, "spikes": count, "highest norm after step 200": highest}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -122,12 +126,25 @@ def rate_text(rate):
     return np.format_float_scientific(rate, trim="-", exp_digits=1)
 
 
-def mean_std(values, digits=3):
-    """The mean and standard deviation of a few numbers, as text."""
+def t_interval(values):
+    """values (n, ...), n up to 10 -> their mean and half the width of its 95 % interval, NaN for a single one."""
+    n = len(values)
+    if n == 1:
+        return values[0], np.full_like(values[0], np.nan)
+    return np.mean(values, axis=0), T_975[n - 2] * np.std(values, axis=0, ddof=1) / np.sqrt(n)
+
+
+def over_seeds(values, digits=3, sign=""):
+    """The mean of three numbers and more with its 95 % interval, as text; fewer as they are; "" if one is NaN.
+
+    The interval of two is too wide to say anything: 12.7 standard errors.
+    """
     if not np.isfinite(values).all():
-        return "diverged"
-    text = f"{np.mean(values):.{digits}f}"
-    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
+        return ""
+    if len(values) < 3:
+        return ", ".join(f"{value:{sign}.{digits}f}" for value in values)
+    mean, half = t_interval(values)
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
 def print_table(title, rows):

@@ -426,7 +426,7 @@ def main():
     arguments, runs = parse_runs(parser)
     for pattern in arguments.names:
         if not fnmatch.filter(runs, pattern):
-            raise UserError(f"there is no run called {pattern}; --list lists them, and '{pattern}/*' would be a group")
+            raise UserError(f"there is no run called {pattern}; --list lists them, and a group is 'large/*'")
     chosen = {name: plan for name, plan in runs.items() if any(fnmatch.fnmatch(name, p) for p in arguments.names)}
     if arguments.list:
         print("\n".join(f"{name}{'  (done)' if log_path(arguments.logs, name).exists() else ''}" for name in chosen))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bench import evidence, figures, logs, runs
-from bench.evidence import over_seeds, t_interval, with_interval
+from bench.logs import T_975, over_seeds, t_interval
 from engine.settings import UserError
 
 LAYERS = 3
@@ -17,12 +17,12 @@ def test_interval_over_seeds():
     mean, half = t_interval(np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]]))
     assert mean.tolist() == [2, 5] and half.tolist() == [pytest.approx(4.303 / np.sqrt(3)), 0]
     assert t_interval(np.array([0.0, 0, 0, 0, 5])) == pytest.approx((1, 2.776))
-    assert with_interval([0.1, 0.2, 0.3], 2, "+") == "+0.20 ± 0.25" and with_interval([0.1], 1) == "0.1"
-    assert with_interval([0.1, np.nan]) == ""
-    assert over_seeds([0.1, 0.2]) == "0.100, 0.200" and over_seeds([0.1, 0.2, 0.3], 2) == "0.20 ± 0.25"
+    assert over_seeds([0.1, 0.2, 0.3], 2, "+") == "+0.20 ± 0.25" and over_seeds([0.1], 1) == "0.1"
+    assert over_seeds([0.1, 0.2], sign="+") == "+0.100, +0.200"  # two have no interval worth the name
+    assert over_seeds([0.1, np.nan]) == over_seeds([0.1, 0.2, np.nan]) == ""
 
 
-@pytest.mark.parametrize("freedom, quantile", list(enumerate(evidence.T_975, start=1)))
+@pytest.mark.parametrize("freedom, quantile", list(enumerate(T_975, start=1)))
 def test_quantiles(freedom, quantile):
     """The density of Student's t up to the quantile, which is 0.475 beyond 0."""
     angle = np.linspace(0, np.arctan(quantile / np.sqrt(freedom)), 100_001)  # t = sqrt(freedom) tan(angle)
@@ -32,11 +32,12 @@ def test_quantiles(freedom, quantile):
     assert area / 2 == pytest.approx(0.475, abs=2e-5)
 
 
-def write_log(folder, name, losses, speed, accuracies, lam):
-    """Write a log with a validation every 50 steps, and two layers with the same lambda."""
+def write_log(folder, name, losses, speed, accuracies, lam, spike=1):
+    """Write a log with a validation every 50 steps, two layers' lambda, and the gradient norm `spike` in row 10."""
     lines = ["step,loss,grad_norm,val_loss,val_accuracy,tokens_per_s,lambdas"]
     for index, loss in enumerate(losses):
-        lines.append(f"{50 * index},1,1,{loss},{accuracies[index]},{speed if index else ''},{lam} {lam}")
+        norm = spike if index == 10 else 1
+        lines.append(f"{50 * index},1,{norm},{loss},{accuracies[index]},{speed if index else ''},{lam} {lam + 0.5}")
     runs.log_path(folder, name).write_text("\n".join(lines) + "\n")
 
 
@@ -45,24 +46,30 @@ def kept(tmp_path_factory):
     """Logs of all runs on data/large.
 
     At all steps V2 - plain is -0.01 * seed, V1 - plain 0.02, v2-shared - V2 0.04, v2-low-rate - V2 0.06 and
-    vanilla-heads - plain 0.05.
+    vanilla-heads - plain 0.05. Plain's loss falls from 5 to 3, plus the seed. In a text of n numbers, the answer in the
+    d-th part, plain is right in 90 - 10 * seed - n + d of 100, V1 in 4 more, V2 in 2 more. V2's logs have a
+    spike, its designs', too.
     """
     folder = tmp_path_factory.mktemp("logs")
     planned = {n: p for n, p in runs.planned_runs("out").items() if n.split("/")[0] in evidence.FIGURES}
-    rng, falling = np.random.default_rng(1), 5 - 2 * np.arange(31) / 30
+    rng = np.random.default_rng(1)
     for name, plan in planned.items():
         attn, seed = plan.settings.attn, plan.settings.seed
         change = {"v1": 0.02, "v2": -0.01 * seed, "norm": -0.01 * seed + 0.03}.get(attn, 0)
         change += dict(shared=0.04, low=0.06, heads=0.05).get(name.split("-")[1], 0)
         speed = 250 if "shared" in name else 500 if attn == "v2" else 1000
         longer = name.endswith("-2048")
-        write_log(folder, name, falling + seed + change, speed, np.arange(31) / (60 if longer else 30), seed / 10)
+        done = np.arange(0, plan.settings.max_steps + 1, 50) / plan.settings.max_steps
+        lam, spike = seed / (10 if attn == "v1" else 20), 1 if attn in ("vanilla", "v1") else 20
+        write_log(folder, name, 5 - 2 * done + seed + change, speed, done / (1 + longer), lam, spike)
         kinds = ["weights"] if attn == "vanilla" else ["weights", "first", "second"]
-        share = dict(answer=[0.1, 0.5 if longer else 0.3], others=[0.1] * 2, first_token=[0.1] * 2)
-        share["rest"] = [0.7, 0.3 if longer else 0.5]
-        measured = dict(attn=attn, needle={k: share | {"best_head": dict(answer=0.25 * seed)} for k in kinds})
+        measured = dict(attn=attn, needle={})
+        for i, kind in enumerate(kinds):
+            share = dict(answer=[0.1, (0.5 if longer else 0.3) + 0.02 * i], others=[0.04] * 2, first_token=[0.02] * 2)
+            measured["needle"][kind] = share | {"best_head": dict(answer=0.25 * seed + 0.1 * i)}
         if name.startswith("retrieval/"):
-            right = {n: [100 - 10 * seed] * 5 for n in ("1", "2", "4", "6", "8")}
+            more = dict(v1=4, v2=2).get(attn, 0)
+            right = {n: [90 - 10 * seed - int(n) + d + more for d in range(5)] for n in ("1", "2", "4", "6", "8")}
             accuracy = {n: dict(right=values, texts=[100] * 5) for n, values in right.items()}
             measured |= dict(length=plan.settings.block_size, needles=6, accuracy=accuracy)
             half = [[0.5, 0.0], [0.5, 0.5]]
@@ -72,8 +79,9 @@ def kept(tmp_path_factory):
             head = plan.settings.block_size
             measured |= dict(recall=dict(layer=seed, head=head, tokens=["a", "b"], span=[0, 1], **maps))
         else:
-            norms = dict.fromkeys([*kinds, "output"], dict(mean=[0.3, 0.5], minimum=[0.1, 0.01 * seed]))
-            sink = {k: [0.1 * seed, 0.2] for k in kinds}
+            named = [*enumerate((*kinds, "output"))]
+            norms = {k: dict(mean=[0.3 + 0.1 * i, 0.5], minimum=[0.1, 0.01 * seed + 0.001 * i]) for i, k in named}
+            sink = {k: [0.1 * seed + 0.1 * i, 0.2] for i, k in enumerate(kinds)}
             measured |= dict(length=2048, sink=sink, context_rms={"bound": 0.025, **norms})
             layers = [dict(largest=rng.uniform(1, 9, LAYERS).tolist(), kurtosis=[3, 4 + seed, 9]) for _ in range(3)]
             measured |= dict(outliers=dict(zip(evidence.ACTIVATIONS, layers)))
@@ -104,11 +112,13 @@ def test_the_gap_has_the_interval_of_paired_differences(kept, tmp_path, capsys):
     assert steps[1:] == ["5", "steps", *[expected] * 4]
     # At half the speed, V2 has taken half of plain's steps, and its loss has yet to fall by 2 * steps / 1500 / 2.
     assert time[3:] == [expected.replace("-0.030", f"{step / 1500 - 0.03:+.3f}") for step in evidence.STEPS]
-    assert [row[3] for row in rows if row[0] == "V1, 3 pairs of 128"] == ["+0.020 ± 0.000"] * 2
+    assert [row[3] for row in rows if row[0] == "V1, 3 pairs of 128"] == ["+0.020, +0.020"] * 2
     assert [row[1:4] for row in rows if row[0] == "V2, plain's learning rate"][0] == ["1", "steps", "+0.020"]
     assert [row[1:4] for row in rows if row[0] == "plain, 12 heads of 64"][0] == ["1", "steps", "+0.050"]
     ends = {row[0]: row[1:3] for row in table(text, "Held-out loss at the end")}
-    assert ends["plain"] == ["5", "6.000 ± 1.581"] and ends["V1, 3 pairs of 128"] == ["2", "7.520 ± 0.707"]
+    # 3 and the seed; the 95 % interval of 4 to 8
+    assert ends["plain"] == ["5", f"6.000 ± {2.776 * np.std([4, 5, 6, 7, 8], ddof=1) / np.sqrt(5):.3f}"]
+    assert ends["V1, 3 pairs of 128"] == ["2", "7.020, 8.020"]
     a_run = 30 * 65536  # tokens, at 1000 a second, V2's at 500 and v2-shared's at 250
     costs = {row[0]: row[1:] for row in table(text, "Cost")}
     assert costs["large/v1"] == ["5", f"{5 * a_run / 1e6:.0f}", f"{5 * a_run / 1000 / 60:.1f}"]
@@ -129,7 +139,7 @@ def test_the_picture_of_gaps_begins_after_the_warmup(kept, tmp_path, monkeypatch
     whole, end, time = figures[0].axes
     assert whole.get_ylim() == time.get_ylim() != end.get_ylim()
     norms = {row[0]: row[1:] for row in table(capsys.readouterr().out, "Gradient norm")}
-    assert norms["V2"] == ["0, 0, 0, 0, 0", "0.0, 0.0, 0.0, 0.0, 0.0"]  # these logs have 30 rows
+    assert norms["V2"] == ["1, 1, 1, 1, 1", "0.0, 0.0, 0.0, 0.0, 0.0"]  # these logs have 30 rows
     assert norms["V1, 3 pairs of 128"] == ["0, 0", "0.0, 0.0"]
 
 
@@ -139,9 +149,11 @@ def test_shared_keys_are_compared_with_v2(kept, tmp_path, capsys):
     ends = [5 - 2 * step / 1500 + 4.5 for step in evidence.STEPS]  # plain's, in the mean of seeds 4 and 5
     assert rows[0] == ["6 layers with keys", *(f"{end - 0.045 + 0.04:.3f}" for end in ends)]
     assert rows[1] == ["12 layers with keys", *(f"{end - 0.045:.3f}" for end in ends)]
-    assert rows[2] == ["6 minus 12, at equal steps", *["+0.040 ± 0.000"] * 4]
+    assert rows[2] == ["6 minus 12, at equal steps", *["+0.040, +0.040"] * 4]
     # At half of V2's speed, half of the steps are done, as in the test above.
-    assert rows[3][1:] == [f"{0.04 + step / 1500:+.3f} ± 0.000" for step in evidence.STEPS]
+    assert rows[3][1:] == [f"{0.04 + step / 1500:+.3f}, {0.04 + step / 1500:+.3f}" for step in evidence.STEPS]
+    assert rows[4] == ["plain", *(f"{end:.3f}" for end in ends)]
+    assert rows[5] == ["6 minus plain, at equal steps", *["+0.000, -0.010"] * 4]  # V2's -0.04 and -0.05, and 0.04
 
 
 def test_one_seed_has_no_interval(kept, tmp_path, capsys):
@@ -157,7 +169,7 @@ def test_designs_are_compared_with_v2(kept, tmp_path, capsys):
     rows = {row[0]: row[1:] for row in table(capsys.readouterr().out, "V2 taken apart")}
     assert list(rows) == ["V2", "plain", "across", "no-lambda", "half", "no-sigmoid", "norm"]
     assert rows["norm"][2] == "+0.030 ± 0.000" and rows["half"][2] == "+0.020 ± 0.025" and rows["V2"][2] == ""
-    assert rows["norm"][3:] == ["0, 0, 0", "0.0, 0.0, 0.0"]  # no spikes; these logs have 30 rows
+    assert rows["norm"][3:] == ["1, 1, 1", "0.0, 0.0, 0.0"]  # these logs have 20 rows
 
 
 def test_retrieval(kept, tmp_path, capsys):
@@ -168,33 +180,37 @@ def test_retrieval(kept, tmp_path, capsys):
     names += [name + minus for name in (heads, "V1", "V2") for minus in ("", " minus plain")]
     assert [row[:2] for row in rows] == [[name, length] for length in ("512", "2048") for name in names]
     rows = {(row[0], row[1]): row[2:] for row in rows}
-    assert rows["V2", "512"][6] == "1400, 1400, 1400"  # these logs have validations from 0 to 1
+    assert rows["V2", "512"][6] == "1850, 1850, 1850"  # these logs have validations from 0 to 1
     assert rows["V2", "2048"][6] == "never, never, never"  # and these to 0.5
-    for name, length in itertools.product(("plain", "V1", "V2"), ("512", "2048")):
-        assert rows[name, length][:6] == ["3", *["0.800 ± 0.248"] * 5]  # 0.9, 0.8 and 0.7
-        assert rows[heads, length][:6] == ["1", *["0.700"] * 5]  # seed 3
+    half = 4.303 * 0.1 / np.sqrt(3)  # of an interval of three values that are 0.1 apart
+    for length, (name, more) in itertools.product(("512", "2048"), (("plain", 0), ("V1", 0.04), ("V2", 0.02))):
+        assert rows[name, length][:6] == ["3", *(f"{0.72 - n / 100 + more:.3f} ± {half:.3f}" for n in (1, 2, 4, 6, 8))]
+        if more:
+            assert rows[f"{name} minus plain", length][:6] == ["3", *[f"{more:+.3f} ± 0.000"] * 5]
+        assert rows[heads, length][:6] == ["1", *(f"{0.62 - n / 100:.3f}" for n in (1, 2, 4, 6, 8))]  # seed 3
         assert rows[f"{heads} minus plain", length][:6] == ["1", *["+0.000"] * 5]
-        if name != "plain":
-            assert rows[f"{name} minus plain", length][:6] == ["3", *["+0.000 ± 0.000"] * 5]
     assert [row[:2] for row in table(text, "Cost")][1:3] == [["retrieval/v1", "6"], ["retrieval/v2", "6"]]
     shares = table(text, "Shares")
-    assert len(shares) == 1 + 1 + 3 + 3 and shares[3][:3] == ["V1", "3", "first"]
-    assert shares[3][3:] == [*(f"{part:.4f} ± 0.0000" for part in (0.3, 0.1, 0.1)), "0.500 ± 0.621"]
+    assert [row[2] for row in shares] == ["only one"] * 2 + ["difference", "first", "second"] * 2
+    assert shares[0][3:6] == ["0.3000 ± 0.0000", "0.0400 ± 0.0000", "0.0200 ± 0.0000"]
+    assert shares[3][:4] == ["V1", "3", "first", "0.3100 ± 0.0000"] and shares[3][6] == "0.600 ± 0.621"
+    assert shares[7][:4] == ["V2", "3", "second", "0.3200 ± 0.0000"]
 
 
 def test_retrieval_is_compared_at_the_same_seed(kept):
-    """V1's first seed and plain's second and third are missing; plain has 0.7 in the third, V1 0.6."""
+    """V1's first seed and plain's second are missing."""
     found = evidence.read_retrieval(*kept)
     v1, plain = found["v1", 512], found["vanilla", 512]
-    v1[3]["accuracy"]["8"]["right"] = [60] * 5
+    v1[3]["accuracy"]["8"]["right"] = [44, 45, 46, 47, 48]  # plain has 52 to 56
     found = {("vanilla", 512): {1: plain[1], 3: plain[3]}, ("v1", 512): {2: v1[2], 3: v1[3]}}
     *_, difference = evidence.accuracy_rows(found, kept[0])
-    assert [*difference.values()] == ["V1 minus plain", 512, 1, *["+0.000"] * 4, "-0.100", ""]
+    assert [*difference.values()] == ["V1 minus plain", 512, 1, *["+0.040"] * 4, "-0.080", ""]
 
 
 def test_bars_from_the_lowest_to_the_highest_seed():
     below, above = evidence.seed_range(np.array([[0.2, 1.0], [0.3, 1.0], [0.7, 1.0]]))
     assert below == pytest.approx([0.2, 0]) and above == pytest.approx([0.3, 0])
+    assert evidence.seed_range(np.array([[0.2, 1.0]])) is None
 
 
 def test_the_picture_of_retrieval(kept, tmp_path, monkeypatch):
@@ -204,9 +220,12 @@ def test_the_picture_of_retrieval(kept, tmp_path, monkeypatch):
     learning, counts, depths, shares = figures[0].axes
     assert learning.get_title().startswith("512 tokens, 6 numbers") and shares.get_title().startswith("2048 tokens")
     assert [line.get_ydata()[-1] for line in learning.get_lines()] == [1.0] * 4  # the last validation of these logs
-    assert learning.get_lines()[0].get_xdata()[-1] == 1500
-    assert (len(counts.containers), len(depths.containers), len(shares.containers)) == (8, 4, 4 + 4)  # with their bars
-    assert shares.containers[1].patches[0].get_height() == pytest.approx(0.3)  # the answer's, in the mean of layers
+    assert learning.get_lines()[0].get_xdata()[-1] == 2000
+    bars = [axis.containers for axis in (counts, depths, shares)]
+    assert [*map(len, bars)] == [8, 4, 4 + 3]  # bars over the bars of the three that have three seeds
+    assert bars[1][2].lines[0].get_ydata() == pytest.approx([0.68, 0.69, 0.70, 0.71, 0.72])  # V1, six numbers
+    heights = [bar.get_height() for bar in bars[2][1].patches]  # plain's, after those over it
+    assert heights == pytest.approx([0.3, 0.04, 0.02])
 
 
 def test_the_inside_of_the_models(kept, tmp_path, monkeypatch, capsys):
@@ -215,13 +234,16 @@ def test_the_inside_of_the_models(kept, tmp_path, monkeypatch, capsys):
     evidence.inside(*kept, tmp_path)
     text = capsys.readouterr().out
     norms = {row[0]: row[1:] for row in table(text, "Norm of a query's weights")}
-    five = ["0.400 ± 0.000", "0.0100"]
-    assert norms["V2"] == ["5", *five * 3, "1, 1, 0, 0, 0"]  # 0.01 and 0.02 are below 0.025
-    assert norms["plain"] == ["5", "", "", *five * 2, "1, 1, 0, 0, 0"]
+    first, weights, output = (
+        [f"{mean} ± 0.000", low] for mean, low in (("0.450", "0.0110"), ("0.400", "0.0100"), ("0.550", "0.0130"))
+    )
+    assert norms["V2"] == ["5", *first, *weights, *output, "1, 1, 0, 0, 0"]  # 0.01 and 0.02 are below 0.025
+    assert norms["plain"] == ["5", "", "", *weights, "0.450 ± 0.000", "0.0110", "1, 1, 0, 0, 0"]
     sinks = table(text, "Attention sink")
     assert [row[2] for row in sinks if row[0] == "V1"] == ["difference", "first", "second"]
     # The means of two layers are 0.15 to 0.35; layer 0 has 0.3 in the mean of five seeds.
-    assert sinks[0] == ["plain", "5", "weights", "0.25000 ± 0.07906", "0.3000", "0"]
+    half = 2.776 * np.std([0.15, 0.2, 0.25, 0.3, 0.35], ddof=1) / np.sqrt(5)
+    assert sinks[0] == ["plain", "5", "only one", f"0.25000 ± {half:.5f}", "0.3000", "0"]
     lowest = [line.get_ydata()[1] for line in figures[0].axes[1].get_lines() if line.get_linestyle() == ":"]
     assert lowest == [0.01, 0.03, 0.01, 0.01, 0.04]  # plain with 12 heads is seed 3, V2 at plain's rate seed 4
 
@@ -235,13 +257,13 @@ def test_lambda_of_the_first_seeds(kept, tmp_path, monkeypatch):
     evidence.lambdas(folder, {n: p for n, p in planned.items() if p.settings.attn == "vanilla"}, tmp_path)
     titles = [[axis.get_title() for axis in figure.axes if axis.get_title()] for figure in figures]
     assert titles == [["V1, first seed", "V2, first seed"], ["V2, first seed"]]
-    for axis in (axis for axis in figures[0].axes if axis.get_title()):
-        assert [line.get_ydata()[-1] for line in axis.get_lines()] == [0.1, 0.1]  # of two layers
+    ends = [[line.get_ydata()[-1] for line in axis.get_lines()] for axis in figures[0].axes if axis.get_title()]
+    assert ends == [[0.1, 0.6], [0.05, 0.55]]  # of two layers
 
 
 def test_outliers(kept, tmp_path, capsys):
     evidence.outliers("large", *kept, tmp_path)
-    rows = table(capsys.readouterr().out, "Outliers by layer in the runs `large`")
+    rows = table(capsys.readouterr().out, "Outliers in the runs `large`")
     names = ["plain", "plain, 12 heads of 64", "V1", "V2", "V2, plain's learning rate"]
     assert len(rows) == 15 and [tuple(row[1:3]) for row in rows[:5]] == [*zip(names, "51551")]
     assert all(row[3] == "7.0 ± 2.0" for row in rows if row[2] == "5")  # the medians of the kurtosis are 5 to 9
@@ -259,7 +281,7 @@ def test_outliers_are_compared_with_plain_at_the_same_seed(kept, tmp_path, capsy
 
     assert rows["plain, 12 heads of 64"] == f"{highest('vanilla-heads', 3) - highest('vanilla', 3):+.1f}"
     assert rows["V2, plain's learning rate"] == f"{highest('v2-low-rate', 4) - highest('vanilla', 4):+.1f}"
-    assert rows["V1"] == with_interval([highest("v1", seed) - highest("vanilla", seed) for seed in range(1, 6)], 1, "+")
+    assert rows["V1"] == over_seeds([highest("v1", seed) - highest("vanilla", seed) for seed in range(1, 6)], 1, "+")
     evidence.outliers("large", folder, {n: p for n, p in planned.items() if p.settings.attn == "v2"}, tmp_path)
     assert table(capsys.readouterr().out, "Outliers")[0][5] == ""  # without plain
 
@@ -270,23 +292,57 @@ def test_stability(kept, tmp_path, capsys):
             draw(*kept, tmp_path)
     text = capsys.readouterr().out
     rows = table(text, "Gradient norm in the runs `sweep`")
-    assert len(rows) == 9 and rows[1] == ["plain, 1.2e-3", "0", "0.0"]  # these logs have 30 rows
-    rows = {row[0]: row[1:] for row in table(text, "500 steps of 65,536 tokens at a peak learning rate of 2e-3")}
-    assert rows["plain"] == ["3", "5.000 ± 1.000", "", "0, 0, 0", "0.0, 0.0, 0.0"]  # 3 + seed
-    assert rows["V1"][2] == "+0.020 ± 0.000" and rows["V2"][2] == "-0.020 ± 0.025"
+    assert len(rows) == 9 and rows[1] == ["plain, 1.2e-3", "0", "0.0"]  # these logs have 10 rows
+    assert rows[7] == ["V2, 1.2e-3", "1", "0.0"]
+    rows = {row[0]: row[1:] for row in table(text, "500 steps of 65,536 tokens at a peak rate of 2e-3")}
+    half = 4.303 / np.sqrt(3)  # of 4, 5 and 6
+    assert rows["plain"] == ["3", f"5.000 ± {half:.3f}", "", "0, 0, 0", "0.0, 0.0, 0.0"]
+    assert rows["V1"][2] == "+0.020 ± 0.000" and rows["V2"][2:4] == ["-0.020 ± 0.025", "1, 1, 1"]
 
 
-def test_runs_that_diverged(kept, tmp_path, capsys):
-    names = ("sweep/v1-0.0012", "design/v2-1", "design/norm-1")
-    for name, last in zip(names, ("", 4, "")):
-        write_log(tmp_path, name, [5, last], 1, [0, 0], 0)
-    for group in ("sweep", "design"):
-        few = {name: kept[1][name] for name in names if name.startswith(f"{group}/")}
-        for draw in evidence.FIGURES[group]:
-            draw(tmp_path, few, tmp_path)
+def test_runs_that_diverged(kept, tmp_path, monkeypatch, capsys):
+    """They end before their last step, at a validation or not."""
+    figures, steps = [], dict(large=1500, design=1000)
+    monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
+    for name, end in (("large/vanilla-1", 250), ("large/v1-1", 1500), ("large/vanilla-2", 1500), ("large/v1-2", 400)):
+        write_log(tmp_path, name, [5] * (end // 50 + 1), 1, [0] * 31, 0)
+    for name, end in (("design/v2-1", 1000), ("design/norm-1", 950)):
+        write_log(tmp_path, name, [5] * (end // 50 + 1), 1, [0] * 31, 0)
+    write_log(tmp_path, "sweep/v1-0.0012", [5, ""], 1, [0, 0], 0)
+    there = {n: p for n, p in kept[1].items() if runs.log_path(tmp_path, n).exists()}
+    assert all(
+        there[f"{group}/{name}-1"].settings.max_steps == steps[group] for group, name in zip(steps, ("v1", "v2"))
+    )
+    evidence.large(tmp_path, there, tmp_path)
+    evidence.sweep(tmp_path, there, tmp_path)
+    for draw in evidence.FIGURES["design"]:
+        draw(tmp_path, there, tmp_path)
     text = capsys.readouterr().out
+    assert [row[2] for row in table(text, "Held-out loss at the end")] == ["diverged", "diverged"]
+    differences = table(text, "Held-out loss minus plain's")
+    assert differences[0][3:] == ["+0.000, +0.000", "", "", ""]
+    gaps = figures[0].axes[0].get_lines()[0].get_ydata()
+    assert np.isfinite(gaps).tolist() == [True, True] + [False] * 25  # at steps 200 and 250
     assert table(text, "Learning rates")[0] == ["1.2e-3", "", "diverged", ""]
-    assert [row[2:4] for row in table(text, "V2 taken apart")] == [["4.000", ""], ["diverged", ""]]
+    assert [row[2:4] for row in table(text, "V2 taken apart")] == [["5.000", ""], ["diverged", ""]]
+
+
+def test_retrieval_that_diverged(kept, tmp_path, monkeypatch, capsys):
+    """The picture ends where the first of the seeds ends; without plain, V1 and V2, there are no maps."""
+    figures = []
+    monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
+    folder, planned = kept
+    names = [f"retrieval/vanilla-{seed}-512" for seed in (1, 2, 3)]
+    for name in names:
+        write_log(tmp_path, name, [1] * 41, 1, np.arange(41) / 40, 0)
+        source = runs.log_path(folder, name).with_suffix(".json")
+        (tmp_path / source.name).write_text(source.read_text())
+    write_log(tmp_path, names[2], [1] * 11, 1, np.arange(11) / 40, 0)
+    evidence.retrieval(tmp_path, {name: planned[name] for name in names}, tmp_path)
+    assert figures[0].axes[0].get_lines()[0].get_xdata()[-1] == 500
+    assert table(capsys.readouterr().out, "Retrieval: share")[0][8] == "1850, 1850, never"
+    evidence.recall_maps(folder, {n: planned[n] for n in planned if n.startswith("retrieval/vanilla-heads")}, tmp_path)
+    assert len(figures) == 1
 
 
 def test_maps_of_the_head_that_finds_the_answer(kept, tmp_path, monkeypatch):
@@ -296,7 +352,7 @@ def test_maps_of_the_head_that_finds_the_answer(kept, tmp_path, monkeypatch):
     titles = [axis.get_title() for axis in figures[0].axes if axis.get_images()]
     plain, *v1 = titles[:4]
     assert len(titles) == 7 and plain == "plain, layer 1, head 512: its only map"  # seed 1
-    kinds = ("A1", "A2", "A1 - 0.25 A2 (lambda of the last query)")
+    kinds = ("A1", "A2", "A1 - lambda A2 (0.25 at the last query)")
     assert v1 == [f"V1, layer 1, head 512: {kind}" for kind in kinds]
     drawn = [axis.get_images()[0].get_array()[1].tolist() for axis in figures[0].axes if axis.get_title()]
     (answer,) = figures[0].axes[0].patches
@@ -388,7 +444,7 @@ def test_the_attention_sink_by_layer_and_kind_of_weights():
         "v1": [dict(sink=dict(weights=[0.1, 0.0], first=[0.0, 0.5]))],
     }
     plain, difference, first = evidence.sink_rows(probes)
-    assert (plain["weights"], plain["mean"], plain["highest"]) == ("weights", "0.25000 ± 0.00000", "0.3000")
+    assert (plain["map"], plain["mean"], plain["highest"]) == ("only one", "0.25000, 0.25000", "0.3000")
     assert plain["in layer"] == 1
-    assert (difference["weights"], difference["mean"], difference["in layer"]) == ("difference", "0.05000", 0)
-    assert (first["weights"], first["highest"], first["in layer"]) == ("first", "0.5000", 1)
+    assert (difference["map"], difference["mean"], difference["in layer"]) == ("difference", "0.05000", 0)
+    assert (first["map"], first["highest"], first["in layer"]) == ("first", "0.5000", 1)

@@ -403,8 +403,6 @@ def test_smoothing_and_deviation():
     assert figures.smooth(np.arange(100.0)) == pytest.approx(np.arange(81) + 9.5)
     assert figures.smooth(np.array([1.0, 2.0])).tolist() == [1.0, 2.0]
     assert figures.middle(np.arange(100), figures.smooth(np.arange(100.0))).tolist() == list(range(9, 90))
-    assert figures.mean_std([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and figures.mean_std([0.5], 1) == "0.5"
-    assert figures.mean_std([1.0, np.float64("nan")]) == "diverged"
 
 
 def log_of(loss, grad_norm=None):
@@ -417,17 +415,16 @@ def test_early_loss_and_its_distance_from_the_baselines():
     kinds["v2"] = [log_of(np.concatenate((first * 0.5, later))), log_of(np.concatenate((first * 0.7, later)))]
     kinds["v2"][0]["loss"][7] = np.nan  # a step that was skipped
     row = figures.early_rows(kinds)[list(figures.REPORT_ROWS).index("v2")]
-    assert row["training loss, steps 1 to 200"] == "2.400 ± 0.566"
-    # -50 % and -30 %: a standard deviation of 14.14, and Student's 12.706 for one degree of freedom
-    assert row["to 200, against (a)"] == f"-40.0 ± {12.706 * 14.1421 / 2**0.5:.1f} %"
-    assert row["to 1000, against (d)"].startswith("-13.")
+    assert row["training loss, steps 1 to 200"] == "2.000, 2.800"
+    assert row["to 200, against (a)"] == "-50.0, -30.0 %"
+    assert row["to 1000, against (d)"].startswith("-16.")
 
 
 def test_gradient_norms_seed_by_seed():
     calm, wild = np.ones(300), np.ones(300)
     wild[[50, 250]] = 50.0, 20.0
     row = figures.norm_row("run", [log_of(calm), log_of(np.ones(300), wild)])
-    assert row == {"run": "run", "spikes": "0, 2", "highest after step 200": "1.0, 20.0"}
+    assert row == {"run": "run", "spikes": "0, 2", "highest norm after step 200": "1.0, 20.0"}
     full = dict(step=np.arange(301), grad_norm=np.array([np.nan, *wild]))
     assert figures.norm_row("run", [full])["spikes"] == "2"
 
