@@ -72,26 +72,23 @@ def print_cost(logs, runs, group):
 
 
 def large(logs, runs, folder):
-    losses, norms, differences, drawn = [], [], [], {}
-    last = group_settings(runs, "large").max_steps
+    rows, norms, drawn = [], [], {}
+    if plain := read_seeds(logs, runs, "large/vanilla-"):
+        losses = zip(STEPS, np.array([held_out_at(log, STEPS) for log in plain]).T)
+        row = {"attn": "plain: its loss", "seeds": len(plain), "at equal": ""}
+        rows.append(row | {f"step {step}": over_seeds(values) for step, values in losses})
     for kind, name in NAMES.items():
-        seeds = read_seeds(logs, runs, f"large/{kind}-")
-        if not seeds:
-            continue
-        ends = [held_out_at(log, last) for log in seeds]
-        losses.append({"attn": name, "seeds": len(seeds), "held-out loss, nats": over_seeds(ends) or "diverged"})
-        norms.append(norm_row(name, seeds))
-        compared = [] if kind == "vanilla" else pairs(logs, runs, "large", kind, "vanilla")
-        if compared:
+        if seeds := read_seeds(logs, runs, f"large/{kind}-"):
+            norms.append(norm_row(name, seeds))
+        if kind != "vanilla" and (compared := pairs(logs, runs, "large", kind, "vanilla")):
             drawn[kind] = compared
             for what, by_seed in compare(compared, STEPS).items():
                 row = {"attn": name, "seeds": len(compared), "at equal": what}
                 at_steps = zip(STEPS, by_seed.T)
-                differences.append(row | {f"step {step}": over_seeds(values, 3, "+") for step, values in at_steps})
+                rows.append(row | {f"step {step}": over_seeds(values, 3, "+") for step, values in at_steps})
     if drawn:
         draw_gaps(drawn, runs, folder)
-    print_table("Held-out loss at the end", losses)
-    print_table("Held-out loss minus plain's, nats", differences)
+    print_table("Held-out loss, nats: plain's, and the others' minus plain's", rows)
     print_table("Gradient norm in the runs `large`, seed by seed", norms)
     print_cost(logs, runs, "large")
 

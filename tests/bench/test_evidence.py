@@ -105,7 +105,7 @@ def test_pairs_have_the_same_seed(kept):
 def test_the_gap_has_the_interval_of_paired_differences(kept, tmp_path, capsys):
     evidence.large(*kept, tmp_path)
     text = capsys.readouterr().out
-    rows = table(text, "Held-out loss minus plain's")
+    rows = table(text, "Held-out loss, nats")
     steps, time = (next(row for row in rows if row[0] == "V2" and row[2] == what) for what in ("steps", "time"))
     # The differences are -0.01 to -0.05, whose standard deviation is 0.0158; the losses themselves are 1 apart.
     expected = f"-0.030 ± {2.776 * np.std([1, 2, 3, 4, 5], ddof=1) * 0.01 / np.sqrt(5):.3f}"
@@ -115,10 +115,9 @@ def test_the_gap_has_the_interval_of_paired_differences(kept, tmp_path, capsys):
     assert [row[3] for row in rows if row[0] == "V1, 3 pairs of 128"] == ["+0.020, +0.020"] * 2
     assert [row[1:4] for row in rows if row[0] == "V2, plain's learning rate"][0] == ["1", "steps", "+0.020"]
     assert [row[1:4] for row in rows if row[0] == "plain, 12 heads of 64"][0] == ["1", "steps", "+0.050"]
-    ends = {row[0]: row[1:3] for row in table(text, "Held-out loss at the end")}
-    # 3 and the seed; the 95 % interval of 4 to 8
-    assert ends["plain"] == ["5", f"6.000 ± {2.776 * np.std([4, 5, 6, 7, 8], ddof=1) / np.sqrt(5):.3f}"]
-    assert ends["V1, 3 pairs of 128"] == ["2", "7.020, 8.020"]
+    half = 2.776 * np.std([4, 5, 6, 7, 8], ddof=1) / np.sqrt(5)
+    losses = (8 - 2 * step / 1500 for step in evidence.STEPS)  # 5 to 3, and the seed's 3 in the mean
+    assert rows[0] == ["plain: its loss", "5", "", *(f"{loss:.3f} ± {half:.3f}" for loss in losses)]
     a_run = 30 * 65536  # tokens, at 1000 a second, V2's at 500 and v2-shared's at 250
     costs = {row[0]: row[1:] for row in table(text, "Cost")}
     assert costs["large/v1"] == ["5", f"{5 * a_run / 1e6:.0f}", f"{5 * a_run / 1000 / 60:.1f}"]
@@ -159,8 +158,8 @@ def test_shared_keys_are_compared_with_v2(kept, tmp_path, capsys):
 def test_one_seed_has_no_interval(kept, tmp_path, capsys):
     folder, planned = kept
     evidence.large(folder, {name: plan for name, plan in planned.items() if name.endswith("-4")}, tmp_path)
-    rows = table(capsys.readouterr().out, "Held-out loss minus plain's")
-    assert rows[0][:4] == ["V1", "1", "steps", "+0.020"]
+    rows = table(capsys.readouterr().out, "Held-out loss, nats")
+    assert rows[0][:3] == ["plain: its loss", "1", ""] and rows[1][:4] == ["V1", "1", "steps", "+0.020"]
 
 
 def test_designs_are_compared_with_v2(kept, tmp_path, capsys):
@@ -302,7 +301,7 @@ def test_stability(kept, tmp_path, capsys):
 
 def test_runs_that_diverged(kept, tmp_path, monkeypatch, capsys):
     """They end before their last step, at a validation or not."""
-    figures, steps = [], dict(large=1500, design=1000)
+    figures = []
     monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
     for name, end in (("large/vanilla-1", 250), ("large/v1-1", 1500), ("large/vanilla-2", 1500), ("large/v1-2", 400)):
         write_log(tmp_path, name, [5] * (end // 50 + 1), 1, [0] * 31, 0)
@@ -310,17 +309,13 @@ def test_runs_that_diverged(kept, tmp_path, monkeypatch, capsys):
         write_log(tmp_path, name, [5] * (end // 50 + 1), 1, [0] * 31, 0)
     write_log(tmp_path, "sweep/v1-0.0012", [5, ""], 1, [0, 0], 0)
     there = {n: p for n, p in kept[1].items() if runs.log_path(tmp_path, n).exists()}
-    assert all(
-        there[f"{group}/{name}-1"].settings.max_steps == steps[group] for group, name in zip(steps, ("v1", "v2"))
-    )
     evidence.large(tmp_path, there, tmp_path)
     evidence.sweep(tmp_path, there, tmp_path)
     for draw in evidence.FIGURES["design"]:
         draw(tmp_path, there, tmp_path)
     text = capsys.readouterr().out
-    assert [row[2] for row in table(text, "Held-out loss at the end")] == ["diverged", "diverged"]
-    differences = table(text, "Held-out loss minus plain's")
-    assert differences[0][3:] == ["+0.000, +0.000", "", "", ""]
+    losses, differences, *_ = table(text, "Held-out loss, nats")
+    assert losses[3:] == ["5.000, 5.000", "", "", ""] and differences[3:] == ["+0.000, +0.000", "", "", ""]
     gaps = figures[0].axes[0].get_lines()[0].get_ydata()
     assert np.isfinite(gaps).tolist() == [True, True] + [False] * 25  # at steps 200 and 250
     assert table(text, "Learning rates")[0] == ["1.2e-3", "", "diverged", ""]
@@ -426,15 +421,17 @@ def test_tables_of_a_few_runs(kept, tmp_path, capsys):
     folder, planned = kept
     evidence.large(folder, {"large/v2-2": planned["large/v2-2"]}, tmp_path)
     assert not (tmp_path / "large.png").exists()
-    assert [row[:2] for row in table(capsys.readouterr().out, "Held-out loss at the end")] == [["V2", "1"]]
+    text = capsys.readouterr().out
+    assert "Held-out loss" not in text and [row[0] for row in table(text, "Gradient norm in")] == ["V2"]
     names = ("large/vanilla-1", "large/v2-2", "design/norm-1", "sweep/v1-0.0012", "retrieval/v1-1-2048")
     for group, draws in evidence.FIGURES.items():
         few = {name: planned[name] for name in names if name.startswith(f"{group}/")}
         for draw in draws if few else ():
             draw(folder, few, tmp_path)
     text = capsys.readouterr().out
-    assert [row[:2] for row in table(text, "Held-out loss at the end")] == [["plain", "1"], ["V2", "1"]]
-    for title in ("Held-out loss minus plain's", "V2 with shared keys", "V2 taken apart"):
+    assert [row[0] for row in table(text, "Held-out loss, nats")] == ["plain: its loss"]
+    assert [row[0] for row in table(text, "Gradient norm in the runs `large`")] == ["plain", "V2"]
+    for title in ("V2 with shared keys", "V2 taken apart"):
         assert title not in text
 
 

@@ -409,15 +409,18 @@ def log_of(loss, grad_norm=None):
     return dict(step=np.arange(1, len(loss) + 1), loss=loss, grad_norm=loss if grad_norm is None else grad_norm)
 
 
-def test_early_loss_and_its_distance_from_the_baselines():
-    first, later = np.full(200, 4.0), np.full(800, 2.0)
-    kinds = {kind: [log_of(np.concatenate((first, later)))] * 2 for kind in figures.REPORT_ROWS}
-    kinds["v2"] = [log_of(np.concatenate((first * 0.5, later))), log_of(np.concatenate((first * 0.7, later)))]
+def test_training_loss_and_its_distance_from_the_baselines():
+    kinds = {kind: [log_of(np.full(1000, 2.0)) for _ in range(3)] for kind in figures.REPORT_ROWS}
+    kinds["v2"] = [log_of(np.full(1000, loss)) for loss in (1.0, 1.4, 1.8)]
     kinds["v2"][0]["loss"][7] = np.nan  # a step that was skipped
-    row = figures.early_rows(kinds)[list(figures.REPORT_ROWS).index("v2")]
-    assert row["training loss, steps 1 to 200"] == "2.000, 2.800"
-    assert row["to 200, against (a)"] == "-50.0, -30.0 %"
-    assert row["to 1000, against (d)"].startswith("-16.")
+    row = figures.loss_rows(kinds)[list(figures.REPORT_ROWS).index("v2")]
+    half = 4.303 * 0.4 / np.sqrt(3)  # of three values that are 0.4 apart, and of -50, -30 and -10 %
+    assert row["training loss, nats"] == f"1.400 ± {half:.3f}"
+    assert row["against (a)"] == row["against (d)"] == f"-30.0 ± {50 * half:.1f} %"
+    kinds["vanilla"] = [log_of(np.full(1000, 1.0)) for _ in range(3)]
+    rows = figures.loss_rows(kinds)
+    assert rows[list(figures.REPORT_ROWS).index("v2")]["against (d)"].startswith("+40.0")
+    assert [row["against (d)"] for row in rows][list(figures.REPORT_ROWS).index("vanilla")] == ""
 
 
 def test_gradient_norms_seed_by_seed():
