@@ -70,7 +70,7 @@ def curves(logs, runs, folder):
     title = "mean over 20 steps and three seeds; band: lowest to highest seed"
     legend_above(axes[0], ncol=2, title=title, title_fontsize=7)
     save(figure, folder / "curves.png")
-    print_table("Training loss, the mean of all steps", loss_rows(kinds))
+    print_table("Training loss, nats", loss_rows(kinds))
     print_table("Gradient norm, seed by seed", [norm_row(REPORT_ROWS[kind], seeds) for kind, seeds in kinds.items()])
 
 
@@ -79,7 +79,7 @@ def loss_rows(kinds):
     means = {kind: [np.nanmean(log["loss"]) for log in seeds] for kind, seeds in kinds.items()}
     rows = []
     for kind, losses in means.items():
-        row = {"run": REPORT_ROWS[kind], "training loss, nats": over_seeds(losses)}
+        row = {"run": REPORT_ROWS[kind], "training loss, mean of all steps": over_seeds(losses)}
         for baseline, letter in (("vanilla-bare", "a"), ("vanilla", "d")):
             changes = [100 * (loss / other - 1) for loss, other in zip(losses, means[baseline])]
             row[f"against ({letter})"] = f"{over_seeds(changes, 1, '+')} %" if kind != baseline else ""

@@ -223,6 +223,9 @@ def test_the_picture_of_retrieval(kept, tmp_path, monkeypatch):
     bars = [axis.containers for axis in (counts, depths, shares)]
     assert [*map(len, bars)] == [8, 4, 4 + 3]  # bars over the bars of the three that have three seeds
     assert bars[1][2].lines[0].get_ydata() == pytest.approx([0.68, 0.69, 0.70, 0.71, 0.72])  # V1, six numbers
+    styles = [(container.lines[0].get_linestyle(), container.lines[0].get_xdata()) for container in bars[0]]
+    assert [style for style, _ in styles] == [":"] * 4 + ["-"] * 4  # 512 tokens, and 2048
+    assert all(places == pytest.approx([1, 2, 4, 6, 8], abs=0.2) for _, places in styles)
     heights = [bar.get_height() for bar in bars[2][1].patches]  # plain's, after those over it
     assert heights == pytest.approx([0.3, 0.04, 0.02])
 
@@ -307,7 +310,7 @@ def test_runs_that_diverged(kept, tmp_path, monkeypatch, capsys):
         write_log(tmp_path, name, [5] * (end // 50 + 1), 1, [0] * 31, 0)
     for name, end in (("design/v2-1", 1000), ("design/norm-1", 950)):
         write_log(tmp_path, name, [5] * (end // 50 + 1), 1, [0] * 31, 0)
-    write_log(tmp_path, "sweep/v1-0.0012", [5, ""], 1, [0, 0], 0)
+    write_log(tmp_path, "sweep/v1-0.0012", [5, 5, 5], 1, [0] * 3, 0)
     there = {n: p for n, p in kept[1].items() if runs.log_path(tmp_path, n).exists()}
     evidence.large(tmp_path, there, tmp_path)
     evidence.sweep(tmp_path, there, tmp_path)
