@@ -18,7 +18,8 @@ from bench.logs import (
     gaps,
     held_out_at,
     legend_above,
-    norm_row,
+    median_speed,
+    norm_columns,
     over_seeds,
     plt,
     print_table,
@@ -35,7 +36,7 @@ from bench.retrieval import PARTS
 from bench.runs import KINDS
 
 STEPS = (250, 500, 1000, 1500)  # after which the tables compare losses
-SHOWN = PARTS[:-1]  # without the rest
+SHOWN = PARTS[:-1]  # of the last token's attention, in tables and pictures: all but the rest
 ACTIVATIONS = {"residual": "residual stream", "attention": "attention's output", "heads": "what o_proj reads"}
 
 
@@ -55,10 +56,10 @@ def print_cost(logs, runs, group):
     costs = {}
     for name, plan in runs.items():
         if name.startswith(f"{group}/"):
-            speed = read_log(logs, name)["tokens_per_s"]
-            speed, a_step = speed[np.isfinite(speed)], plan.settings.batch_size * plan.settings.block_size
+            speeds = read_log(logs, name)["tokens_per_s"]
+            speeds, a_step = speeds[np.isfinite(speeds)], plan.settings.batch_size * plan.settings.block_size
             kind = re.sub(r"(-[\d.]+)+$", "", name)  # without seed, learning rate and length
-            costs.setdefault(kind, []).append((a_step * len(speed) / 1e6, (a_step / speed).sum() / 60))
+            costs.setdefault(kind, []).append((a_step * len(speeds) / 1e6, (a_step / speeds).sum() / 60))
     rows = []
     for kind, values in (costs | {"all": itertools.chain(*costs.values())}).items():
         tokens, minutes = zip(*values)
@@ -72,25 +73,34 @@ def print_cost(logs, runs, group):
 
 
 def large(logs, runs, folder):
-    rows, norms, drawn = [], [], {}
-    if plain := read_seeds(logs, runs, "large/vanilla-"):
-        losses = zip(STEPS, np.array([held_out_at(log, STEPS) for log in plain]).T)
-        row = {"attn": "plain: its loss", "seeds": len(plain), "at equal": ""}
-        rows.append(row | {f"step {step}": over_seeds(values) for step, values in losses})
+    """Print plain's held-out loss, and draw and print how far the others are from it."""
+    rows, norms, speeds, drawn = [], [], [], {}
+    settings = group_settings(runs, "large")
+    tokens = settings.batch_size * settings.block_size  # a step, in all of them
     for kind, name in NAMES.items():
-        if seeds := read_seeds(logs, runs, f"large/{kind}-"):
-            norms.append(norm_row(name, seeds))
-        if kind != "vanilla" and (compared := pairs(logs, runs, "large", kind, "vanilla")):
+        seeds, compared = read_seeds(logs, runs, f"large/{kind}-"), pairs(logs, runs, "large", kind, "vanilla")
+        if seeds:
+            norms.append({"run": name} | norm_columns(seeds))
+            times = [1000 * tokens / median_speed(log) for log in seeds]
+            speeds.append({"run": name, "ms a step": over_seeds(times, 1)})
+        if kind == "vanilla" and seeds:
+            losses = [held_out_at(log, STEPS) for log in seeds]
+            rows.append({"attn": "plain: its loss", "seeds": len(seeds), "at equal": ""} | at_steps(losses))
+        elif compared:
             drawn[kind] = compared
             for what, by_seed in compare(compared, STEPS).items():
-                row = {"attn": name, "seeds": len(compared), "at equal": what}
-                at_steps = zip(STEPS, by_seed.T)
-                rows.append(row | {f"step {step}": over_seeds(values, 3, "+") for step, values in at_steps})
+                rows.append({"attn": name, "seeds": len(compared), "at equal": what} | at_steps(by_seed, "+"))
     if drawn:
         draw_gaps(drawn, runs, folder)
     print_table("Held-out loss, nats: plain's, and the others' minus plain's", rows)
     print_table("Gradient norm in the runs `large`, seed by seed", norms)
+    print_table(f"Time of a step of {tokens:,} tokens, the median of a run", speeds)
     print_cost(logs, runs, "large")
+
+
+def at_steps(by_seed, sign=""):
+    """The columns of a table with values after STEPS, by_seed (seeds, steps)."""
+    return {f"step {step}": over_seeds(values, 3, sign) for step, values in zip(STEPS, np.transpose(by_seed))}
 
 
 def draw_gaps(drawn, runs, folder):
@@ -121,20 +131,14 @@ def draw_gaps(drawn, runs, folder):
 
 def shared_keys(logs, runs, folder):
     """V2 whose upper six layers share keys and values (n_kv_layers), against V2 and plain."""
-    rows = {}
-    for other, name in (("v2", "12 layers with keys"), ("vanilla", "plain")):
+    rows = []
+    for other, name in (("v2-shared", "6 layers with keys"), ("v2", "12 layers with keys"), ("vanilla", "plain")):
         compared = pairs(logs, runs, "large", "v2-shared", other)
-        if not compared:
-            continue
-        for label, seeds in zip(("6 layers with keys", name), zip(*compared)):
-            losses = np.mean([held_out_at(log, STEPS) for log in seeds], axis=0)
-            rows[label] = {"V2": label} | {f"step {step}": f"{loss:.3f}" for step, loss in zip(STEPS, losses)}
-        for what, by_seed in compare(compared, STEPS).items():
-            label = f"6 minus {name.removesuffix(' layers with keys')}, at equal {what}"
-            at_steps = zip(STEPS, by_seed.T)
-            rows[label] = {"V2": label} | {f"step {step}": over_seeds(values, 3, "+") for step, values in at_steps}
-    title = "V2 with shared keys and values: mean held-out loss, nats, and differences seed by seed"
-    print_table(title, [*rows.values()])
+        if compared:
+            rows.append({"V2": name} | at_steps([held_out_at(log, STEPS) for _, log in compared]))
+        for what, by_seed in compare(compared, STEPS).items() if compared and other != "v2-shared" else ():
+            rows.append({"V2": f"6 layers minus {name}, at equal {what}"} | at_steps(by_seed, "+"))
+    print_table("V2 with shared keys and values: held-out loss, nats, and differences", rows)
 
 
 def compare(compared, steps):
@@ -150,7 +154,7 @@ def sweep(logs, runs, folder):
             log, rate, attn = read_log(logs, name), rate_text(plan.settings.learning_rate), NAMES[plan.settings.attn]
             row = losses.setdefault(rate, {"peak learning rate": rate} | {NAMES[kind]: "" for kind in KINDS})
             row[attn] = over_seeds(held_out_at(log, [plan.settings.max_steps])) or "diverged"
-            norms.append(norm_row(f"{attn}, {rate}", [log]))
+            norms.append({"run": f"{attn}, {rate}"} | norm_columns([log]))
     print_table("Learning rates: held-out loss after 500 steps of 65,536 tokens", [*losses.values()])
     print_table("Gradient norm in the runs `sweep`", norms)
     print_cost(logs, runs, "sweep")
@@ -167,8 +171,7 @@ def compare_ends(group, base, title, logs, runs, folder):
         row = {"attn": NAMES.get(kind, kind), "seeds": len(compared), "held-out loss, nats": losses}
         differences = compare(compared, [last])["steps"][:, 0]
         row[f"minus {NAMES[base]}'s"] = over_seeds(differences, 3, "+") if kind != base else ""
-        norms = norm_row(kind, [log for log, _ in compared])
-        rows.append(row | {name: text for name, text in norms.items() if name != "run"})
+        rows.append(row | norm_columns([log for log, _ in compared]))
     print_table(f"{title}: at the end", rows)
     print_cost(logs, runs, group)
 
@@ -268,10 +271,9 @@ def outliers(group, logs, runs, folder):
     figure, axes = plt.subplots(2, len(ACTIVATIONS), figsize=(11, 5.5), sharex=True)
     for (column, (what, title)), (attn, probes) in itertools.product(enumerate(ACTIVATIONS.items()), found.items()):
         row = {"activations": title, "attn": NAMES[attn], "seeds": len(probes)}
-        kurtosis = np.array([probe["outliers"][what]["kurtosis"] for probe in probes.values()])  # (seeds, layers)
-        row["kurtosis, median layer"] = over_seeds(np.median(kurtosis, axis=1), 1)
-        for axis, measure in zip(axes[:, column], ("largest", "kurtosis")):
-            by_layer = np.array([probe["outliers"][what][measure] for probe in probes.values()])  # (seeds, layers)
+        found_here = [probe["outliers"][what] for probe in probes.values()]
+        largest, kurtosis = (np.array([one[name] for one in found_here]) for name in ("largest", "kurtosis"))
+        for axis, by_layer in zip(axes[:, column], (largest, kurtosis)):  # (seeds, layers)
             layers = np.arange(by_layer.shape[1])
             label = f"{NAMES[attn]}, n = {len(probes)}"
             axis.plot(layers, by_layer.mean(0), "o-", color=COLORS[attn], label=label, markersize=3)
@@ -280,10 +282,10 @@ def outliers(group, logs, runs, folder):
             axis.yaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
         axes[0, column].set(title=title)
         axes[1, column].set(xlabel="layer")
-        largest = largest_values(probes, what)
-        plain = largest_values(found.get("vanilla", {}), what)
-        differences = [value - plain[seed] for seed, value in largest.items() if seed in plain]
-        row["largest value of all layers"] = over_seeds([*largest.values()], 1)
+        row["kurtosis, median layer"] = over_seeds(np.median(kurtosis, axis=1), 1)
+        row["largest value of all layers"] = over_seeds(largest.max(1), 1)
+        plain = {seed: max(probe["outliers"][what]["largest"]) for seed, probe in found.get("vanilla", {}).items()}
+        differences = [value - plain[seed] for seed, value in zip(probes, largest.max(1)) if seed in plain]
         row["minus plain's"] = over_seeds(differences, 1, "+") if attn != "vanilla" else ""
         rows.append(row)
     for axis in axes[1]:
@@ -293,11 +295,6 @@ def outliers(group, logs, runs, folder):
     axes[1, 2].legend(fontsize=8, title="band: lowest to highest seed", title_fontsize=8)
     save(figure, folder / f"outliers-{group}.png")
     print_table(f"Outliers in the runs `{group}`", rows)
-
-
-def largest_values(probes, what):
-    """The largest absolute value of all layers -> {seed: value}."""
-    return {seed: max(probe["outliers"][what]["largest"]) for seed, probe in probes.items()}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -409,18 +406,19 @@ def recall_maps(logs, runs, folder):
 
 def accuracy_rows(found, logs):
     """The share of right answers, and from which step on validation, with as many numbers as training, is above 0.9."""
-    rows, last = [], "above 0.9 from step"
+    rows, column = [], "above 0.9 from step"
     for (kind, length), by_seed in found.items():
         seeds, learned = [*by_seed.values()], []
         for seed in by_seed:
             log = read_log(logs, f"retrieval/{kind}-{seed}-{length}")
-            steps, right = (log[column][~np.isnan(log["val_accuracy"])] for column in ("step", "val_accuracy"))
-            after = steps[np.append(-1, np.flatnonzero(right <= 0.9))[-1] + 1 :]
+            measured = ~np.isnan(log["val_accuracy"])
+            steps, right = log["step"][measured], log["val_accuracy"][measured]
+            after = steps[np.append(-1, np.flatnonzero(right <= 0.9))[-1] + 1 :]  # the last that is not above
             learned.append(f"{after[0]:.0f}" if len(after) else "never")
         counts = {count: f"{count} number{'s' * (count != '1')}" for count in seeds[0]["accuracy"]}
         row = {"attn": NAMES[kind], "tokens": length, "seeds": len(seeds)}
         row |= {text: over_seeds(accuracies(seeds, count)[1]) for count, text in counts.items()}
-        rows.append(row | {last: ", ".join(learned)})
+        rows.append(row | {column: ", ".join(learned)})
         plain = found.get(("vanilla", length), {})
         both = [(by_seed[seed], plain[seed]) for seed in by_seed if seed in plain]
         if both and kind != "vanilla":
@@ -428,7 +426,7 @@ def accuracy_rows(found, logs):
             for count, text in counts.items():
                 ours, theirs = (accuracies(measured, count)[1] for measured in zip(*both))
                 row[text] = over_seeds(ours - theirs, 3, "+")
-            rows.append(row | {last: ""})
+            rows.append(row | {column: ""})
     return rows
 
 

@@ -21,8 +21,9 @@ from bench.logs import (
     gaps,
     held_out_at,
     legend_above,
+    median_speed,
     middle,
-    norm_row,
+    norm_columns,
     over_seeds,
     plt,
     print_table,
@@ -71,7 +72,8 @@ def curves(logs, runs, folder):
     legend_above(axes[0], ncol=2, title=title, title_fontsize=7)
     save(figure, folder / "curves.png")
     print_table("Training loss, nats", loss_rows(kinds))
-    print_table("Gradient norm, seed by seed", [norm_row(REPORT_ROWS[kind], seeds) for kind, seeds in kinds.items()])
+    norms = [{"run": REPORT_ROWS[kind]} | norm_columns(seeds) for kind, seeds in kinds.items()]
+    print_table("Gradient norm, seed by seed", norms)
 
 
 def loss_rows(kinds):
@@ -124,7 +126,6 @@ def wikitext2(logs, runs, folder):
     for attn, lowest in losses.items():
         differences = [loss - plain for loss, plain in zip(lowest, losses["vanilla"])]
         row = {"attn": NAMES[attn], "seeds": len(lowest), "held-out loss, nats": over_seeds(lowest)}
-        row["perplexity"] = over_seeds(np.exp(lowest), 2)
         row["minus plain's"] = over_seeds(differences, 3, "+") if attn != "vanilla" else ""
         rows.append(row)
     print_table("Held-out loss on WikiText-2, at its lowest", rows)
@@ -174,7 +175,7 @@ def continued_row(log, tokens):
     """The held-out losses of a run, and its speed, where a step has so many tokens."""
     losses = {"start": log["val_loss"][0], "end": log["val_loss"][-1]}
     row = {f"held-out loss, {name}": f"{value:.4f}" for name, value in losses.items()}
-    return row | {"ms a step": f"{1000 * tokens / np.nanmedian(log['tokens_per_s']):.1f}"}
+    return row | {"ms a step": f"{1000 * tokens / median_speed(log):.1f}"}
 
 
 def gap_rows(plain, v2, noisy):

@@ -90,11 +90,15 @@ def held_out_at(log, steps):
     return np.interp(steps, log["step"][measured], log["val_loss"][measured], right=np.nan)
 
 
+def median_speed(log):
+    """Tokens a second, without the compilation in the first step."""
+    return np.nanmedian(log["tokens_per_s"])
+
+
 def gaps(log, plain, steps):
     """The held-out loss of a run minus plain's after some steps of plain -> at equal steps, at equal time."""
-    # A step has as many tokens in both. The median is a speed without the compilation in the first step.
-    speed, plain_speed = np.nanmedian(log["tokens_per_s"]), np.nanmedian(plain["tokens_per_s"])
-    meanwhile = np.array(steps) * speed / plain_speed  # the run's steps in the time of plain's
+    # A step has as many tokens in both, so these are the run's steps in the time of plain's
+    meanwhile = np.array(steps) * median_speed(log) / median_speed(plain)
     return held_out_at(log, steps) - held_out_at(plain, steps), held_out_at(log, meanwhile) - held_out_at(plain, steps)
 
 
@@ -109,12 +113,12 @@ def spikes(norms):
     return [i for i in range(1, len(norms)) if norms[i] > SPIKE * np.nanmedian(norms[max(0, i - MEMORY) : i])]
 
 
-def norm_row(name, seeds):
-    """The spikes, and the highest norm after step 200, where the warmup of most runs ends."""
+def norm_columns(seeds):
+    """The columns of a table: spikes, and the highest norm after step 200, where the warmup of most runs ends."""
     norms = [gradient_norms(log) for log in seeds]
     count = ", ".join(str(len(spikes(values))) for values in norms)
     highest = ", ".join(f"{np.nanmax(values[200:], initial=0):.1f}" for values in norms)
-    return {"run": name, "spikes": count, "highest norm after step 200": highest}
+    return {"spikes": count, "highest norm after step 200": highest}
 
 
 # ---------------------------------------------------------------------------------------------------

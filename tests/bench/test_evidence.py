@@ -118,6 +118,9 @@ def test_the_gap_has_the_interval_of_paired_differences(kept, tmp_path, capsys):
     half = 2.776 * np.std([4, 5, 6, 7, 8], ddof=1) / np.sqrt(5)
     losses = (8 - 2 * step / 1500 for step in evidence.STEPS)  # 5 to 3, and the seed's 3 in the mean
     assert rows[0] == ["plain: its loss", "5", "", *(f"{loss:.3f} ± {half:.3f}" for loss in losses)]
+    speeds = {row[0]: row[1] for row in table(text, "Time of a step of 65,536 tokens")}
+    assert speeds["plain"] == "65536.0 ± 0.0" and speeds["V1, 3 pairs of 128"] == "65536.0, 65536.0"
+    assert speeds["V2, plain's learning rate"] == "131072.0"  # 500 tokens a second
     a_run = 30 * 65536  # tokens, at 1000 a second, V2's at 500 and v2-shared's at 250
     costs = {row[0]: row[1:] for row in table(text, "Cost")}
     assert costs["large/v1"] == ["5", f"{5 * a_run / 1e6:.0f}", f"{5 * a_run / 1000 / 60:.1f}"]
@@ -145,14 +148,21 @@ def test_the_picture_of_gaps_begins_after_the_warmup(kept, tmp_path, monkeypatch
 def test_shared_keys_are_compared_with_v2(kept, tmp_path, capsys):
     evidence.shared_keys(*kept, tmp_path)
     rows = table(capsys.readouterr().out, "V2 with shared keys")
-    ends = [5 - 2 * step / 1500 + 4.5 for step in evidence.STEPS]  # plain's, in the mean of seeds 4 and 5
-    assert rows[0] == ["6 layers with keys", *(f"{end - 0.045 + 0.04:.3f}" for end in ends)]
-    assert rows[1] == ["12 layers with keys", *(f"{end - 0.045:.3f}" for end in ends)]
-    assert rows[2] == ["6 minus 12, at equal steps", *["+0.040, +0.040"] * 4]
+    ends = [9 - 2 * step / 1500 for step in evidence.STEPS]  # plain's, of seed 4; seed 5 is 1 above
+
+    def losses(fourth, fifth):
+        return [f"{end + fourth:.3f}, {end + 1 + fifth:.3f}" for end in ends]
+
+    assert rows[0] == ["6 layers with keys", *losses(0, -0.01)]
+    assert rows[1] == ["12 layers with keys", *losses(-0.04, -0.05)]
+    assert rows[2] == ["6 layers minus 12 layers with keys, at equal steps", *["+0.040, +0.040"] * 4]
     # At half of V2's speed, half of the steps are done, as in the test above.
     assert rows[3][1:] == [f"{0.04 + step / 1500:+.3f}, {0.04 + step / 1500:+.3f}" for step in evidence.STEPS]
-    assert rows[4] == ["plain", *(f"{end:.3f}" for end in ends)]
-    assert rows[5] == ["6 minus plain, at equal steps", *["+0.000, -0.010"] * 4]  # V2's -0.04 and -0.05, and 0.04
+    assert rows[4] == ["plain", *losses(0, 0)]
+    assert rows[5] == [
+        "6 layers minus plain, at equal steps",
+        *["+0.000, -0.010"] * 4,
+    ]  # -0.04 and -0.05, and 0.04
 
 
 def test_one_seed_has_no_interval(kept, tmp_path, capsys):
