@@ -273,13 +273,20 @@ def test_lambda_of_the_first_seeds(kept, tmp_path, monkeypatch):
     assert ends == [[0.1, 0.6], [0.05, 0.55]]  # of two layers
 
 
-def test_outliers(kept, tmp_path, capsys):
-    evidence.outliers("large", *kept, tmp_path)
+def test_outliers(kept, tmp_path, monkeypatch, capsys):
+    figures, (folder, planned) = [], kept
+    monkeypatch.setattr(evidence, "save", lambda figure, path: figures.append(figure))
+    evidence.outliers("large", folder, planned, tmp_path)
     rows = table(capsys.readouterr().out, "Outliers in the runs `large`")
     names = ["plain", "plain, 12 heads of 64", "V1", "V2", "V2, plain's learning rate"]
     assert len(rows) == 15 and [tuple(row[1:3]) for row in rows[:5]] == [*zip(names, "51551")]
     assert all(row[3] == "7.0 ± 2.0" for row in rows if row[2] == "5")  # the medians of the kurtosis are 5 to 9
     assert rows[1][3] == "7.0"  # of seed 3
+    seeds = [logs.read_json(folder, f"large/vanilla-{seed}")["outliers"]["residual"] for seed in range(1, 6)]
+    assert rows[0][4] == over_seeds([max(measured["largest"]) for measured in seeds], 1)
+    for axis, name in ((figures[0].axes[0], "largest"), (figures[0].axes[3], "kurtosis")):
+        means = np.mean([measured[name] for measured in seeds], axis=0)
+        assert axis.get_lines()[0].get_ydata() == pytest.approx(means)
 
 
 def test_outliers_are_compared_with_plain_at_the_same_seed(kept, tmp_path, capsys):

@@ -55,6 +55,16 @@ def test_a_picture_has_an_ending(run, tmp_path, monkeypatch):
         plot.main()
 
 
+def test_the_mean_is_drawn_at_the_middle_of_its_steps(tmp_path, monkeypatch):
+    figures, steps = [], np.arange(101)
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
+    empty = np.full(101, np.nan)
+    log = dict(step=steps, loss=steps / 10, grad_norm=empty, val_loss=empty, per_s=empty, unit="tokens")
+    plot.draw({"run": log}, tmp_path / "all.png")
+    thick = max(figures[0].axes[0].get_lines(), key=lambda line: line.get_linewidth())
+    np.testing.assert_allclose(thick.get_ydata(), thick.get_xdata() / 10, atol=0.051)  # of 20 steps, half a step off
+
+
 def test_draws_runs_of_several_stages(run, tmp_path, monkeypatch, capsys):
     pairs = tmp_path / "pairs.csv"
     pairs.write_text(LOG.replace("tokens_per_s", "pairs_per_s"))
